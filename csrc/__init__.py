@@ -1,0 +1,1 @@
+"""Native sources, compiled at first use; see ``int8compile/native.py``."""

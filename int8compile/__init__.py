@@ -1,0 +1,61 @@
+"""int8compile: LLM.int8() as a torch.compile backend.
+
+    model = torch.compile(model, backend="int8")
+
+needs no import of this package. What is here serves to look (``explain``, ``last_report``), to configure
+(``Int8Config``) and to tell it what it cannot see (``invalidate``). Names load when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from int8compile.backend import int8
+    from int8compile.config import Int8Config
+    from int8compile.explanation import explain
+    from int8compile.graph_text import dump
+    from int8compile.report import Reason, Report, Site
+    from int8compile.session import last_report
+    from int8compile.lifetime import invalidate, restore_weights_
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Int8Config": "config",
+    "Reason": "report",
+    "Report": "report",
+    "Site": "report",
+    "dump": "graph_text",
+    "explain": "explanation",
+    "int8": "backend",
+    "invalidate": "lifetime",
+    "last_report": "session",
+    "restore_weights_": "lifetime",
+}
+
+__all__ = [
+    "Int8Config",
+    "Reason",
+    "Report",
+    "Site",
+    "dump",
+    "explain",
+    "int8",
+    "invalidate",
+    "last_report",
+    "restore_weights_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'int8compile' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"int8compile.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

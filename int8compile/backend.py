@@ -1,0 +1,115 @@
+"""The torch.compile backend: the whole story on one screen.
+
+    model = torch.compile(model, backend="int8")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8compile import inductor, native, session
+from int8compile.capture import Capture, capture
+from int8compile.config import Int8Config
+from int8compile.passes import PIPELINE, PassContext, run
+from int8compile.passes.sites import complete_sites, weight_uses
+from int8compile.report import GraphReport, Reason, Report
+from int8compile.weights import STORE, Member
+
+log = logging.getLogger(__name__)
+
+
+def int8(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: object = None
+) -> Callable[..., Any]:
+    """Compile Dynamo's graph with its linears in int8. Called by torch.compile, not by users.
+
+    Args:
+        gm: Dynamo's graph; left as it is.
+        example_inputs: its inputs, parameters and buffers included.
+        mode, options: from ``torch.compile``; options are those of ``Int8Config``, as a dict, an ``Int8Config`` or a
+            ``BitsAndBytesConfig``.
+
+    Raises:
+        OptionNameError, OptionValueError: an unknown option, or one with a bad value.
+        KernelBuildError: ``kernels="native"`` and there are none.
+    """
+    return compile_rewritten(gm, example_inputs, Int8Config.make(options, mode=mode), inductor.compile_graph)
+
+
+int8.reset = STORE.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def compile_rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Int8Config,
+    compiler: Callable[[fx.GraphModule, Sequence[Any], Int8Config], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Rewrite Dynamo's graph, report, and give the result to a compiler."""
+    provider = native.choose_provider(config.kernels, example_inputs)
+    captured, report = rewrite(gm, example_inputs, config, provider)
+    session.record(report, inductor.compiled_callable())
+    _announce(report)
+    return _runner(captured, compiler(captured.gm, _compile_inputs(captured), config), config)
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Int8Config, provider: str
+) -> tuple[Capture, GraphReport]:
+    """Copy Dynamo's graph and run the passes on the copy."""
+    captured = capture(gm, example_inputs, inductor.fake_mode_of(gm))
+    context = PassContext(captured, config, grad_enabled=torch.is_grad_enabled())
+    counts, seconds = run(PIPELINE, context)
+    report = GraphReport(
+        compile_id=inductor.compile_id(),
+        provider=provider,
+        sites=complete_sites(captured.graph, context),
+        weights=weight_uses(captured),
+        graph_break=inductor.graph_break_of(gm),
+        pass_counts=counts,
+        pass_seconds=seconds,
+    )
+    return captured, report
+
+
+def _compile_inputs(captured: Capture) -> list[Any]:
+    """Dynamo's own example inputs, as far as they are left, and those of the lifted weights."""
+    lifted = [node for pair in captured.lifted.values() for node in (pair.weight, pair.scale)]
+    return [captured.examples[n] for n in captured.kept] + inductor.static_inputs(lifted)
+
+
+def _runner(captured: Capture, compiled: Callable[..., Any], config: Int8Config) -> Callable[..., Any]:
+    """The function Dynamo calls: resolves each int8 weight through the store, then runs the compiled graph."""
+    if not captured.lifted:
+        return compiled
+    kept = [captured.position[node] for node in captured.kept]
+    specs = [[(captured.position[n], t) for n, t in lifted.members] for lifted in captured.lifted.values()]
+    dropped = set(captured.position.values()) - set(kept)
+    release = native.release_storage() if config.release_weights else None
+
+    def call(*args: Any) -> Any:
+        inputs = [args[i] for i in kept]
+        for spec in specs:
+            members = [Member(args[i], transposed) for i, transposed in spec]
+            may_release = release is not None and all(i in dropped for i, _ in spec)
+            inputs.extend(STORE.resolve(members, release if may_release else None))
+        return compiled(*inputs)
+
+    return call
+
+
+def _announce(report: GraphReport) -> None:
+    """Say once a graph, at INFO what was done, and at WARNING when nothing could be."""
+    summary, refusal = Report([report]).summary(), Report([report]).commonest_refusal()
+    if any(site.rewritten for site in report.sites):
+        log.info("int8: %s", summary)
+    elif refusal is not None:
+        log.warning("int8: %s. Most often %s: %s", summary, refusal.name, refusal.value)
+    trainable = [site.path for site in report.sites if site.reason is Reason.TRAINABLE]
+    if trainable and len(trainable) < len(report.sites):
+        log.warning("int8: %d linears stay in float because %s", len(trainable), Reason.TRAINABLE.value)

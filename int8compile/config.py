@@ -1,0 +1,167 @@
+"""What a user can set: one dataclass, each field with its default and its meaning.
+
+Names are those of ``transformers.BitsAndBytesConfig`` wherever it has one. Nothing else in the package
+reads options or environment variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from int8compile.errors import OptionNameError, OptionValueError
+
+PASS_NAMES = ("normalize", "quantize", "share", "merge", "verify")
+KERNELS = ("auto", "native", "reference")
+OUTLIER_POLICIES = ("column", "element")
+MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# Fields of BitsAndBytesConfig that have no meaning here and are passed over when one is given.
+_BNB_FOREIGN = ("load_in_8bit", "load_in_4bit", "quant_method")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Config:
+    """Options of ``torch.compile(model, backend="int8", options={...})``.
+
+    Args:
+        llm_int8_threshold: features that reach this magnitude in any row are multiplied in 16 bits
+            (LLM.int8(), section 3.2). Any real number >= 0; 0 turns the decomposition off.
+        llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
+            dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
+        llm_int8_has_fp16_weight: training on 16-bit master weights. Not available yet: must be False.
+        llm_int8_enable_fp32_cpu_offload: accepted for compatibility; a compiled graph runs wherever its
+            tensors are, so it changes nothing here.
+        outlier_policy: ``"column"`` is the paper's rule, in which an outlier marks its feature for every row
+            of the batch. ``"element"`` gives 16 bits to the outlier elements alone, so that a row's result
+            does not depend on the rows beside it (up to the order of fp32 summation).
+        min_features: a linear with fewer input or output features stays in float. 0: nothing is too small.
+            The default is where int8 stops paying; ``benchmarks/min_features.py`` prints the figures.
+        skip_output_embeddings: leave ``lm_head`` / ``embed_out`` and weights shared with an embedding in float.
+        release_weights: free each float weight once its int8 form exists. The eager model, ``state_dict()`` and
+            ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
+        kernels: ``"auto"`` takes native kernels where there are some and the reference otherwise,
+            ``"native"`` insists on them, ``"reference"`` never builds anything.
+        disable_passes: names of passes to leave out, of normalize, quantize, share, merge, verify.
+        mode: as ``torch.compile``'s own ``mode``, which cannot be given together with options.
+        inductor: inductor's own options, passed on as they are.
+
+    Raises:
+        OptionValueError: a value of the wrong type or out of range.
+    """
+
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: tuple[str, ...] = ()
+    llm_int8_has_fp16_weight: bool = False
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    outlier_policy: str = "column"
+    min_features: int = 128
+    skip_output_embeddings: bool = True
+    release_weights: bool = False
+    kernels: str = "auto"
+    disable_passes: tuple[str, ...] = ()
+    mode: str | None = None
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("llm_int8_threshold", _threshold(self.llm_int8_threshold))
+        put("llm_int8_skip_modules", _names("llm_int8_skip_modules", self.llm_int8_skip_modules))
+        put("disable_passes", _names("disable_passes", self.disable_passes))
+        for name in (
+            "llm_int8_has_fp16_weight",
+            "llm_int8_enable_fp32_cpu_offload",
+            "skip_output_embeddings",
+            "release_weights",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionValueError(name, getattr(self, name), "True or False")
+        if self.llm_int8_has_fp16_weight:
+            raise OptionValueError(
+                "llm_int8_has_fp16_weight",
+                True,
+                "False (training on 16-bit weights is not available yet; freeze the weights with "
+                "requires_grad_(False) and train adapters on top)",
+            )
+        if isinstance(self.min_features, bool) or not isinstance(self.min_features, int) or self.min_features < 0:
+            raise OptionValueError("min_features", self.min_features, "an integer >= 0")
+        _one_of("outlier_policy", self.outlier_policy, OUTLIER_POLICIES)
+        _one_of("kernels", self.kernels, KERNELS)
+        for name in self.disable_passes:
+            if name not in PASS_NAMES:
+                raise OptionValueError("disable_passes", name, "names among " + ", ".join(PASS_NAMES))
+        if self.mode is not None:
+            _one_of("mode", self.mode, MODES)
+        if not isinstance(self.inductor, Mapping):
+            raise OptionValueError("inductor", self.inductor, "a dict of inductor's own options")
+
+    @classmethod
+    def make(cls, options: object = None, *, mode: str | None = None) -> Int8Config:
+        """An ``Int8Config`` from what a user passed: None, a dict, an ``Int8Config`` or a ``BitsAndBytesConfig``.
+
+        Raises:
+            OptionNameError: a dict with an unknown key.
+            OptionValueError: a value of the wrong type or range, or a 4-bit ``BitsAndBytesConfig``.
+        """
+        if isinstance(options, cls):
+            config = options
+        elif options is None:
+            config = cls()
+        elif isinstance(options, Mapping):
+            known = [f.name for f in dataclasses.fields(cls)]
+            for name in options:
+                if name not in known:
+                    raise OptionNameError(str(name), known)
+            config = cls(**options)
+        elif type(options).__name__ == "BitsAndBytesConfig":
+            config = cls(**_from_bitsandbytes(options))
+        else:
+            raise OptionValueError("options", options, "a dict, an Int8Config or a BitsAndBytesConfig")
+        if mode is None or mode == config.mode:
+            return config
+        if config.mode is not None:
+            raise OptionValueError("mode", mode, f"the same as options['mode'], which is {config.mode!r}")
+        return dataclasses.replace(config, mode=mode)
+
+    def fingerprint(self) -> str:
+        """Stable text of everything that decides what is compiled; part of the compile caches' key."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "inductor")
+        return repr([*fields, sorted((k, repr(v)) for k, v in self.inductor.items())])
+
+
+def _from_bitsandbytes(config: object) -> dict[str, object]:
+    """The fields of a ``BitsAndBytesConfig`` (taken by name, so transformers need not be installed)."""
+    if getattr(config, "load_in_4bit", False):
+        raise OptionValueError("load_in_4bit", True, "an 8-bit BitsAndBytesConfig (load_in_8bit=True)")
+    fields: dict[str, object] = {}
+    for name in (f.name for f in dataclasses.fields(Int8Config) if f.name not in _BNB_FOREIGN):
+        if getattr(config, name, None) is not None and name.startswith("llm_int8_"):
+            fields[name] = getattr(config, name)
+    return fields
+
+
+def _threshold(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < 0:
+        raise OptionValueError("llm_int8_threshold", value, "a real number >= 0 (0 turns outlier decomposition off)")
+    return float(value)
+
+
+def _names(option: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+        raise OptionValueError(option, value, f"a list of strings, such as [{str(value)!r}]")
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise OptionValueError(option, value, f"a list of non-empty strings; it holds {name!r}")
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionValueError(option, value, "one of " + ", ".join(repr(a) for a in allowed))

@@ -1,0 +1,54 @@
+"""Every mistake a user can make, one class each.
+
+A message names the argument, its value, what was expected and the way out. Dynamo shows a backend's
+errors as ``BackendCompilerFailed: backend='int8' raised:`` followed by ours, so the first line of each
+message stands on its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Int8CompileError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class OptionNameError(Int8CompileError, TypeError):
+    """An option that does not exist, with the nearest one that does."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"unknown option {name!r}.{hint} Known options: {', '.join(known)}.")
+
+
+class OptionValueError(Int8CompileError, ValueError):
+    """An option whose value has the wrong type or lies outside its range."""
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"option {name}={value!r}: expected {expected}.")
+
+
+class VerifyError(Int8CompileError):
+    """A rewritten graph breaks a rule of ours. That is a bug in this package, never in the model."""
+
+    def __init__(self, problem: str, graph_text: str) -> None:
+        super().__init__(
+            f"{problem}\nThis is a bug in int8compile: please report it with the graph below. To go on "
+            f"meanwhile, pass options={{'disable_passes': [...]}} with the pass at fault.\n{graph_text}"
+        )
+
+
+class KernelBuildError(Int8CompileError, RuntimeError):
+    """Native code could not be built; carries the compiler's own lines."""
+
+
+class ReleasedWeightError(Int8CompileError, RuntimeError):
+    """A float weight was needed whose storage ``release_weights=True`` had freed."""
+
+
+class CaptureError(Int8CompileError, TypeError):
+    """``explain`` was given something that cannot be called or compiled."""

@@ -1,0 +1,60 @@
+"""``explain``: what ``backend="int8"`` would do to a model, without compiling it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8compile.backend import rewrite
+from int8compile.config import Int8Config
+from int8compile.errors import CaptureError
+from int8compile.native import choose_provider
+from int8compile.report import Report
+
+
+def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwargs: Any) -> Report:
+    """Run ``model(*args, **kwargs)`` once through the rewrites and report on every linear, graph and graph break.
+
+    Nothing is compiled and nothing quantised: the graphs run as they were. Gradients count, as they do when
+    compiling: outside ``torch.no_grad()`` a weight that requires one is TRAINABLE and stays in float.
+
+    Args:
+        model: a module or function, compiled by ``torch.compile`` or not.
+        options: those of ``Int8Config``, as a dict, an ``Int8Config`` or a ``BitsAndBytesConfig``.
+
+    Returns:
+        a ``Report``: ``print()`` it for a table, ``to_json()`` it for a machine.
+
+    Raises:
+        CaptureError: the model is not callable.
+        OptionNameError, OptionValueError: bad options.
+    """
+    if not callable(model):
+        raise CaptureError(f"explain(model, ...): model is {type(model).__name__}, expected a module or function")
+    config = Int8Config.make(options)
+    report = Report()
+
+    def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        provider = choose_provider(config.kernels, example_inputs)
+        report.add(rewrite(gm, example_inputs, config, provider)[1])
+        return gm.forward
+
+    original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+    # A frame of its own, so that the user's frames keep their compile caches and recompile counts wherever
+    # nothing breaks the graph.
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return original(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"explain_{id(report):x}")
+    torch.compile(call, backend=look, **_isolated())(args, kwargs)
+    return report
+
+
+def _isolated() -> dict[str, bool]:
+    """Newer torch can keep a compile's cache entries apart from all others."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}

@@ -1,0 +1,122 @@
+"""The hand-off to inductor, and everything else that touches torch's private interfaces.
+
+Whatever breaks with a new torch release breaks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import CompileContext, TracingContext
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+
+from int8compile.config import Int8Config
+from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.ops._library import REFERENCES
+from int8compile.report import GraphBreak
+
+
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """The fake mode of the values in a graph's meta; a new one if they have none."""
+    for node in gm.graph.nodes:
+        if isinstance(value := meta_value(node), torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return torch._subclasses.FakeTensorMode()
+
+
+def static_inputs(nodes: Sequence[fx.Node]) -> list[Any]:
+    """Example inputs for lifted weights: fakes with static shapes, of the mode that AOTAutograd will trace in.
+
+    Dynamo gives backends a fresh mode, not the one its graph's meta is in. Real tensors would not do: AOTAutograd
+    would give them symbolic sizes that no guard can be made for.
+    """
+    context = TracingContext.try_get()
+    values = [meta_tensor(node) for node in nodes]
+    with (context.fake_mode if context is not None else None) or contextlib.nullcontext():
+        return [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values if v is not None]
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Int8Config) -> Callable[..., Any]:
+    """Compile a rewritten graph with inductor.
+
+    The reference bodies of our operators are compiled in their place, so that inductor fuses them with what
+    surrounds them. That, and everything else in our sources and options that decides the result, is not in the keys
+    of inductor's caches by itself, so a tag puts it there.
+    """
+    decompositions = {**select_decomp_table(), **REFERENCES}
+    patches = {**list_mode_options(config.mode or "default"), **config.inductor}
+    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config)):
+        compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)
+    return compiled
+
+
+def _cache_tag(config: Int8Config) -> str:
+    outer: str = torch.compiler.config.cache_key_tag
+    ours = hashlib.sha256(f"{sources_digest()} {config.fingerprint()}".encode()).hexdigest()[:16]
+    return f"{outer} int8compile-{ours}".strip()
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Hash of this package's sources, native ones included."""
+    digest = hashlib.sha256()
+    for package in ("int8compile", "int8compile.ops", "int8compile.passes", "int8compile.csrc"):
+        for path in sorted(_files(resources.files(package)), key=lambda p: str(p)):
+            digest.update(str(path.name).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(folder: Any) -> list[Any]:
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            found += _files(path)
+        elif path.name.endswith((".py", ".cpp", ".h", ".cu", ".cuh")):
+            found.append(path)
+    return found
+
+
+def compile_id() -> str:
+    """``3/1``: frame 3, second compile; ``-`` outside of Dynamo."""
+    current = CompileContext.current_compile_id()
+    return "-" if current is None else str(current)
+
+
+def graph_break_of(gm: fx.GraphModule) -> GraphBreak | None:
+    """Why and where Dynamo ended this graph early, if it did."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    location = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame is not None else "unknown"
+    return GraphBreak(str(reason.reason).strip(), location)
+
+
+def compiled_callable() -> Any:
+    """What the user handed to ``torch.compile`` in the call that is compiling now, weakly; None if unknown.
+
+    Graphs on both sides of a graph break are compiled one by one, and this is what they have in common. It stands in
+    Dynamo's wrapper, further up this thread's stack.
+    """
+    frame = sys._getframe()
+    found = None
+    while frame is not None:
+        if frame.f_code.co_name in ("compile_wrapper", "_fn") and frame.f_code.co_filename.endswith("eval_frame.py"):
+            found = frame.f_locals.get("fn", found)
+        frame = frame.f_back  # type: ignore[assignment]
+    owner = getattr(found, "__self__", found)
+    try:
+        return None if owner is None else weakref.ref(owner)
+    except TypeError:
+        return None

@@ -1,0 +1,51 @@
+"""What a user tells the weight store: a weight changed unseen, or a freed one is wanted back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from int8compile.weights import STORE
+
+
+def invalidate(weights: torch.nn.Module | torch.Tensor) -> None:
+    """Requantise at the next call. Needed only after changes that PyTorch does not count, ``w.data.copy_(...)``.
+
+    Args:
+        weights: a module, for all its parameters and buffers, or one tensor.
+    """
+    for tensor in _tensors(weights):
+        STORE.invalidate(tensor)
+
+
+def restore_weights_(weights: torch.nn.Module | torch.Tensor) -> int:
+    """Give float weights that ``release_weights=True`` freed their storage back, with the values of their int8 form.
+
+    The originals are gone: each value comes back within half a step of its channel's scale.
+
+    Args:
+        weights: a module or one tensor, changed in place.
+
+    Returns:
+        how many weights were restored.
+    """
+    count = 0
+    for tensor in _tensors(weights):
+        found = STORE.released(tensor)
+        if found is None:
+            continue
+        packed, transposed = found
+        values = packed.weight.float() * packed.scale.unsqueeze(1)
+        tensor.data = (values.t() if transposed else values).to(tensor.dtype).contiguous()
+        count += 1
+    return count
+
+
+def _tensors(weights: torch.nn.Module | torch.Tensor) -> Iterator[torch.Tensor]:
+    if isinstance(weights, torch.Tensor):
+        return iter((weights,))
+    if isinstance(weights, torch.nn.Module):
+        return itertools.chain(weights.parameters(), weights.buffers())
+    raise TypeError(f"weights is {type(weights).__name__}; expected a torch.nn.Module or a tensor")

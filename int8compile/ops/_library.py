@@ -1,0 +1,76 @@
+"""The ``int8compile::`` operator library and the one way an operator is registered in it.
+
+Each operator is a schema, a fake (shapes and dtypes, static), a *reference* body in plain PyTorch that defines
+what the operator means, and, where it has one, a gradient. Native kernels register under their own device key and
+must match the reference. ``Library.define`` is used rather than ``torch.library.custom_op``, which costs four times
+as much a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("int8compile", "DEF")
+
+#: operator -> reference body, for compiling the reference itself through inductor
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+#: int32 sums of products of two codes in [-127, 127] are exact up to this many (127 * 127 * K < 2**31)
+MAX_IN_FEATURES = 131072
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def define(
+    schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], autocast: Callable[..., Any] | None = None
+) -> torch._ops.OpOverload:
+    """Register ``int8compile::<schema>`` and return it."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int8compile::{name}", fake, lib=LIBRARY)
+    if autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            LIBRARY.impl(name, autocast, key)
+    op: torch._ops.OpOverload = getattr(torch.ops.int8compile, name).default
+    REFERENCES[op] = reference
+    return op
+
+
+def check(condition: bool, op: str, problem: str) -> None:
+    """Raise ValueError ``int8compile::op: problem`` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"int8compile::{op}: {problem}")
+
+
+def check_activation(op: str, x: torch.Tensor) -> None:
+    check(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]")
+    check(x.dtype in FLOAT_DTYPES, op, f"x has dtype {x.dtype}; expected float32, float16 or bfloat16")
+
+
+def check_weight(
+    op: str, in_features: int, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Check an int8 weight [N, K], its scale [N] and a bias [N] against an activation of K features."""
+    check(
+        weight.dim() == 2 and weight.dtype == torch.int8,
+        op,
+        f"weight is {weight.dtype} {list(weight.shape)}; expected int8 [N, K] (quantize_weight makes one)",
+    )
+    n, k = weight.shape
+    check(k == in_features, op, f"weight is {list(weight.shape)}, so it takes {k} features, but x has {in_features}")
+    check(
+        k <= MAX_IN_FEATURES,
+        op,
+        f"in_features={k} is more than {MAX_IN_FEATURES}, up to which int32 sums are exact: split the weight along K",
+    )
+    check(
+        weight_scale.dtype == torch.float32 and tuple(weight_scale.shape) == (n,),
+        op,
+        f"weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}; expected float32 [{n}]",
+    )
+    if bias is not None:
+        check(tuple(bias.shape) == (n,), op, f"bias is {list(bias.shape)}; expected [{n}]")

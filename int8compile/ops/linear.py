@@ -1,0 +1,98 @@
+"""``linear``: quantise the activation and multiply, in one operator; LLM.int8() as a whole.
+
+``quantize_rowwise`` followed by ``scaled_mm``, which is where the numerics are written down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from int8compile.ops._library import check, check_activation, check_weight, define
+from int8compile.ops.quantize_rowwise import quantize_reference
+from int8compile.ops.scaled_mm import bias_gradient, input_gradient, product
+
+
+def residual_from(threshold: float, outlier_policy: str) -> float:
+    """The smallest magnitude that carries a residual under an outlier policy (see ``scaled_mm``)."""
+    return threshold if outlier_policy == "element" else 0.0
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    outlier_policy: str,
+) -> None:
+    check_activation("linear", x)
+    check(threshold >= 0, "linear", f"threshold={threshold}; expected >= 0 (0 turns outlier decomposition off)")
+    check(
+        outlier_policy in ("column", "element"),
+        "linear",
+        f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'",
+    )
+    check_weight("linear", x.shape[-1], weight, weight_scale, bias)
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    outlier_policy: str = "column",
+) -> torch.Tensor:
+    _check(x, weight, weight_scale, bias, threshold, outlier_policy)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    outlier_policy: str = "column",
+) -> torch.Tensor:
+    _check(x, weight, weight_scale, bias, threshold, outlier_policy)
+    codes, row_scale, columns = quantize_reference(x, threshold)
+    outliers = None if threshold == 0 else columns
+    smallest = residual_from(threshold, outlier_policy)
+    return product(codes, row_scale, x, outliers, weight, weight_scale, bias, x.dtype, smallest)
+
+
+def _autocast(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Like a float linear under autocast: x is taken, and the output given, in the autocast dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        out: torch.Tensor = linear(x.to(dtype), *rest)
+    return out
+
+
+linear = define(
+    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
+    'str outlier_policy="column") -> Tensor',
+    fake=_fake,
+    reference=_reference,
+    autocast=_autocast,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, weight_scale, bias, *_ = inputs
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, weight_scale)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = input_gradient(grad, ctx.x_dtype, weight, weight_scale) if ctx.needs_input_grad[0] else None
+    grad_bias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd("int8compile::linear", _backward, setup_context=_setup_context)

@@ -1,0 +1,165 @@
+"""``scaled_mm``: the product of an activation that is quantised already, outlier product included.
+
+The one-pass form of LLM.int8() equation 8. Outlier columns are not taken out of the int8 product: outlier elements
+have code 0 there, and what the codes leave over in an outlier column,
+
+    r[m, t] = x[m, t] - row_scale[m] * q[m, t]        (rounded to x's dtype),
+
+is multiplied in 16 bits with the int8 weight, which 16 bits hold exactly:
+
+    out[m, n] = weight_scale[n] * (row_scale[m] * sum_k q[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]) + bias[n]
+
+``outliers=None`` leaves the outlier product out (threshold 0). ``residual_from`` > 0 keeps it to the elements of at
+least that magnitude, so that no row depends on another (policy "element"); 0 gives the whole column (the paper's).
+Shapes are static and nothing is read on the host, whatever the number of outliers. The epilogue is fp32 with one
+rounding to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from int8compile.ops._library import FLOAT_DTYPES, check, check_activation, check_weight, define
+from int8compile.ops.int_product import int8_product
+from int8compile.ops.quantize_rowwise import rows
+
+
+def product(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    x: torch.Tensor,
+    outliers: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    residual_from: float,
+) -> torch.Tensor:
+    """The body of ``scaled_mm`` and, after quantising, of ``linear``."""
+    m, k = codes.shape
+    acc = int8_product(codes, weight).float() * row_scale.unsqueeze(1)
+    if outliers is not None:
+        values = x.reshape(m, k).float()
+        # An unflagged column must not add anything, not even the NaN of a row whose scale is NaN.
+        carries = outliers & (values.abs() >= residual_from) if residual_from > 0 else outliers
+        residual = torch.where(carries, values - row_scale.unsqueeze(1) * codes.float(), 0.0).to(x.dtype)
+        acc = acc + residual.float() @ weight.float().t()
+    out = acc * weight_scale
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check(
+    q: torch.Tensor,
+    row_scale: torch.Tensor,
+    x: torch.Tensor,
+    outliers: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    check_activation("scaled_mm", x)
+    m, k = rows(x), x.shape[-1]
+    for name, tensor, dtype, shape in (
+        ("q", q, torch.int8, (m, k)),
+        ("row_scale", row_scale, torch.float32, (m,)),
+        ("outliers", outliers, torch.bool, (k,)),
+    ):
+        check(
+            tensor is None or (tensor.dtype == dtype and tuple(tensor.shape) == shape),
+            "scaled_mm",
+            f"{name} is {_kind(tensor)}; for x of shape {list(x.shape)} expected "
+            f"{dtype} {list(shape)} (quantize_rowwise makes it)",
+        )
+    check_weight("scaled_mm", k, weight, weight_scale, bias)
+    check(out_dtype in FLOAT_DTYPES, "scaled_mm", f"out_dtype={out_dtype}; expected float32, float16 or bfloat16")
+
+
+def _kind(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _fake(
+    q: torch.Tensor,
+    row_scale: torch.Tensor,
+    x: torch.Tensor,
+    outliers: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    residual_from: float = 0.0,
+) -> torch.Tensor:
+    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _reference(
+    q: torch.Tensor,
+    row_scale: torch.Tensor,
+    x: torch.Tensor,
+    outliers: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    residual_from: float = 0.0,
+) -> torch.Tensor:
+    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype)
+    return product(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
+
+
+def _autocast(
+    q: torch.Tensor, row_scale: torch.Tensor, x: torch.Tensor, outliers: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    """Under autocast ``quantize_rowwise`` quantised x in the autocast dtype, so the residual is of that x too."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        out: torch.Tensor = scaled_mm(q, row_scale, x.to(dtype), outliers, *rest)
+    return out
+
+
+scaled_mm = define(
+    "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",
+    fake=_fake,
+    reference=_reference,
+    autocast=_autocast,
+)
+
+
+def input_gradient(
+    grad: torch.Tensor, x_dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """grad [..., N] to the gradient of x [..., K], through the dequantised weight, unquantised.
+
+    The scale goes on the gradient, because int8 codes are exact in 16 bits and dequantised weights are not.
+    """
+    scaled = (grad.float() * weight_scale).to(x_dtype)
+    return scaled @ weight.to(x_dtype)
+
+
+def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of grad [..., N] over all rows, in fp32."""
+    return grad.reshape(rows(grad), grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, x, _, weight, weight_scale, bias, *_ = inputs
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, weight_scale)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = input_gradient(grad, ctx.x_dtype, weight, weight_scale) if ctx.needs_input_grad[2] else None
+    grad_bias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[6] else None
+    return None, None, grad_x, None, None, None, grad_bias, None, None
+
+
+torch.library.register_autograd("int8compile::scaled_mm", _backward, setup_context=_setup_context)

@@ -1,0 +1,222 @@
+"""What was done to a model and why: ``Site``, ``Reason``, ``GraphReport`` and ``Report``."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import io
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+
+class Reason(enum.Enum):
+    """Why a linear was rewritten or left in float. The value says it in words, with the way out where there is one."""
+
+    REWRITTEN = "runs in int8"
+    SKIPPED = "named by llm_int8_skip_modules"
+    OUTPUT_EMBEDDING = "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too"
+    TOO_SMALL = "fewer features than min_features, where int8 does not pay"
+    DTYPE = "not float32, float16 or bfloat16"
+    TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
+    SUBCLASS = "its weight is a tensor subclass"
+    NOT_CONSTANT = "its weight is not a parameter or buffer but is computed, or passed in, at each call"
+    MUTATED = "its weight is changed inside the graph"
+    SHAPE = "its weight is not a matrix, or has more than 131072 input features"
+    NESTED = "inside a higher-order operator (such as activation checkpointing)"
+    DISABLED = "the pass that rewrites it is in disable_passes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One linear operation of the model.
+
+    Args:
+        path: module path, such as ``model.layers.0.self_attn.q_proj``.
+        in_features, out_features: K and N of the weight.
+        dtype: of the output, such as ``"bfloat16"``.
+        reason: why it was rewritten, or why not.
+        detail: what in particular, such as the pattern that matched.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    dtype: str
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        return self.reason is Reason.REWRITTEN
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightUse:
+    """Memory of one parameter or buffer as one graph uses it, in bytes; ``key`` is the same for the same tensor."""
+
+    key: int
+    float_bytes: int
+    int8_bytes: int
+    reads_float: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo had to leave the graph, in the user's code."""
+
+    reason: str
+    location: str
+
+
+@dataclasses.dataclass
+class GraphReport:
+    """One compiled graph."""
+
+    compile_id: str
+    provider: str
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    weights: list[WeightUse] = dataclasses.field(default_factory=list)
+    graph_break: GraphBreak | None = None
+    pass_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    text: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def frame(self) -> str:
+        """The compiled frame; a recompile has the same frame, ``3/1`` after ``3/0``."""
+        return self.compile_id.split("/")[0]
+
+
+@dataclasses.dataclass
+class Report:
+    """All graphs of one model. ``print()`` it for a table."""
+
+    graphs: list[GraphReport] = dataclasses.field(default_factory=list)
+    recompiles: int = 0
+
+    def add(self, graph: GraphReport) -> None:
+        """Take in a graph; one of a frame that is here already is a recompile and takes the older one's place."""
+        for i, old in enumerate(self.graphs):
+            if old.frame == graph.frame:
+                self.graphs[i] = graph
+                self.recompiles += 1
+                return
+        self.graphs.append(graph)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def rewritten(self) -> int:
+        return sum(site.rewritten for site in self.sites)
+
+    @property
+    def breaks(self) -> list[GraphBreak]:
+        return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+
+    @property
+    def providers(self) -> list[str]:
+        """Who computes the int8 products, such as ``["reference (CPU)"]``."""
+        return sorted({graph.provider for graph in self.graphs})
+
+    @property
+    def weight_bytes_before(self) -> int:
+        """Bytes of all parameters and buffers that the graphs read."""
+        return sum({use.key: use.float_bytes for use in self._uses}.values())
+
+    @property
+    def weight_bytes_after(self) -> int:
+        """Bytes that the rewritten graphs read: int8 weights, scales, and what stays float."""
+        int8 = {(use.key, use.int8_bytes) for use in self._uses if use.int8_bytes}
+        floats = {use.key: use.float_bytes for use in self._uses if use.reads_float}
+        return sum(size for _, size in int8) + sum(floats.values())
+
+    @property
+    def _uses(self) -> list[WeightUse]:
+        return [use for graph in self.graphs for use in graph.weights]
+
+    def summary(self) -> str:
+        """``210 of 211 linears, 1 left in float (OUTPUT_EMBEDDING lm_head)``."""
+        left = [site for site in self.sites if not site.rewritten]
+        text = f"{self.rewritten} of {len(self.sites)} linears"
+        if not left:
+            return text
+        by_reason: dict[Reason, list[Site]] = {}
+        for site in left:
+            by_reason.setdefault(site.reason, []).append(site)
+        why = "; ".join(
+            f"{reason.name} {sites[0].path}" if len(sites) == 1 else f"{len(sites)} {reason.name}"
+            for reason, sites in by_reason.items()
+        )
+        return f"{text}, {len(left)} left in float ({why})"
+
+    def commonest_refusal(self) -> Reason | None:
+        counts = Counter(site.reason for site in self.sites if not site.rewritten)
+        return counts.most_common(1)[0][0] if counts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists, strings and numbers."""
+        return {
+            "sites": [dataclasses.asdict(site) | {"reason": site.reason.name} for site in self.sites],
+            "rewritten": self.rewritten,
+            "graphs": len(self.graphs),
+            "recompiles": self.recompiles,
+            "breaks": [dataclasses.asdict(b) for b in self.breaks],
+            "weight_bytes_before": self.weight_bytes_before,
+            "weight_bytes_after": self.weight_bytes_after,
+            "providers": self.providers,
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for name, justify in (("linear", "left"), ("count", "right"), ("K x N", "right"), ("dtype", "left")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("outcome", overflow="fold")
+        for (path, k, n, dtype, reason, detail), count in folded(self.sites).items():
+            style = None if reason is Reason.REWRITTEN else "yellow"
+            outcome = "int8" if reason is Reason.REWRITTEN else f"float: {reason.name}{' ' + detail if detail else ''}"
+            table.add_row(path, str(count), f"{k} x {n}", dtype, outcome, style=style)
+        yield table
+        yield self.summary()
+        yield (
+            f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.breaks)} graph breaks, "
+            f"kernels: {', '.join(self.providers) or 'none'}"
+        )
+        for graph_break in self.breaks:
+            yield f"  break at {graph_break.location}: {graph_break.reason.splitlines()[0]}"
+        before, after = self.weight_bytes_before, self.weight_bytes_after
+        if before:
+            yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"
+        for reason in {site.reason: None for site in self.sites if not site.rewritten}:
+            yield f"  {reason.name}: {reason.value}"
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        rich.console.Console(file=text, width=120, color_system=None).print(self)
+        return text.getvalue()
+
+
+def folded(sites: list[Site]) -> Counter[tuple[str, int, int, str, Reason, str]]:
+    """Like sites of repeated layers as one row: ``layers.0.fc``, ``layers.1.fc`` -> ``layers.*.fc``, with a count."""
+    rows: Counter[tuple[str, int, int, str, Reason, str]] = Counter()
+    for s in sites:
+        path = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", s.path)
+        rows[(path, s.in_features, s.out_features, s.dtype, s.reason, s.detail)] += 1
+    return rows
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,238 @@
+"""The weight store: from a float weight to its int8 form, at each call, never stale and never copied twice.
+
+A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
+or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks this store at each call.
+The answer is at hand as long as the weight is the same object with the same version counter, data pointer and
+(living) storage; anything else requantises. Entries die with their weights.
+
+Weights that one product multiplies together (``passes/merge.py``) are *one* int8 matrix here. The int8 form of each
+of them alone is a view into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from int8compile.ops import quantize_weight
+
+_CHUNK = 1 << 22  # elements quantised at a time, so that fp32 temporaries stay small
+
+
+class Packed(NamedTuple):
+    """An int8 weight [N, K], row-major, and its fp32 scale [N]."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+class Member(NamedTuple):
+    """A float weight as part of a lifted input: [N, K], or [K, N] if ``transposed``."""
+
+    weight: torch.Tensor
+    transposed: bool
+
+    @property
+    def rows(self) -> int:
+        """N, the output channels."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def columns(self) -> int:
+        """K, the input features."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+_Key = tuple[tuple[int, bool], ...]
+
+
+class _Stamp:
+    """What a weight looked like when it was quantised."""
+
+    __slots__ = ("pointer", "ref", "released", "storage", "version")
+
+    def __init__(self, weight: torch.Tensor, on_death: Callable[[], None]) -> None:
+        self.ref = weakref.ref(weight, lambda _: on_death())
+        # Inference tensors have no version counter; they cannot be changed in place outside inference mode.
+        self.version = None if weight.is_inference() else weight._version
+        self.pointer = weight.data_ptr()
+        # A storage freed and allocated anew can have the same data pointer, but not while this weak reference
+        # keeps its control block: then it is expired.
+        self.storage = StorageWeakRef(weight.untyped_storage())
+        self.released = False
+
+    def matches(self, weight: torch.Tensor) -> bool:
+        if self.ref() is not weight:
+            return False
+        if self.released:
+            return weight.untyped_storage().nbytes() == 0
+        return (
+            (self.version is None or weight._version == self.version)
+            and weight.data_ptr() == self.pointer
+            and not self.storage.expired()
+        )
+
+
+@dataclasses.dataclass
+class _Entry:
+    packed: Packed
+    stamps: tuple[_Stamp, ...]
+    release_done: bool = False
+
+    def matches(self, members: Sequence[Member]) -> bool:
+        for stamp, member in zip(self.stamps, members, strict=True):  # noqa: SIM110 (all() is slower, each call)
+            if not stamp.matches(member.weight):
+                return False
+        return True
+
+
+class WeightStore:
+    """Thread-safe map from float weights to their int8 form."""
+
+    def __init__(self) -> None:
+        self._entries: dict[_Key, _Entry] = {}
+        self._lock = threading.RLock()
+
+    def resolve(self, members: Sequence[Member], release: Callable[[torch.Tensor], None] | None = None) -> Packed:
+        """The int8 form of the members' rows, one below the other: int8 [sum of N, K] and fp32 [sum of N].
+
+        Args:
+            members: float weights of the same K.
+            release: called with each weight once its int8 form exists, to free its storage.
+        """
+        key = tuple((id(m.weight), m.transposed) for m in members)
+        entry = self._entries.get(key)
+        if entry is not None and entry.matches(members) and (release is None or entry.release_done):
+            return entry.packed
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or not entry.matches(members):
+                entry = self._pack(key, members)
+            if release is not None:
+                self._release(entry, members, release)
+            return entry.packed
+
+    def invalidate(self, weight: torch.Tensor) -> None:
+        """Forget the int8 form of a weight that changed unseen (``weight.data.copy_()`` bumps no version)."""
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                if any(stamp.ref() is weight and not stamp.released for stamp in entry.stamps):
+                    self._entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget everything but what has no float weight left to come back from."""
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                if not any(stamp.released for stamp in entry.stamps):
+                    self._entries.pop(key, None)
+
+    def released(self, weight: torch.Tensor) -> tuple[Packed, bool] | None:
+        """The int8 form of a released weight, and whether that is transposed; None if it was not released."""
+        with self._lock:
+            for key, entry in self._entries.items():
+                # Merged weights have an entry of their own as well, so single ones are enough.
+                if len(key) == 1 and entry.stamps[0].released and entry.stamps[0].matches(weight):
+                    return entry.packed, key[0][1]
+        return None
+
+    def nbytes(self) -> int:
+        """Bytes held, each storage counted once."""
+        with self._lock:
+            tensors = [t for entry in self._entries.values() for t in entry.packed]
+            return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _pack(self, key: _Key, members: Sequence[Member]) -> _Entry:
+        parts = [self._known_part(m) for m in members]
+        packed = _empty(members)
+        start = 0
+        for member, part in zip(members, parts, strict=True):
+            target = _slice(packed, start, member.rows)
+            if part is None:
+                _quantize_into(target, member)
+            else:
+                target.weight.copy_(part.packed.weight)
+                target.scale.copy_(part.packed.scale)
+            start += member.rows
+        stamps = tuple(
+            part.stamps[0] if part is not None else _Stamp(m.weight, self._forgetter((id(m.weight), m.transposed)))
+            for m, part in zip(members, parts, strict=True)
+        )
+        entry = self._entries[key] = _Entry(packed, stamps)
+        self._make_views(key, entry, members)
+        return entry
+
+    def _known_part(self, member: Member) -> _Entry | None:
+        """The member alone, if it is here and current."""
+        entry = self._entries.get(((id(member.weight), member.transposed),))
+        return entry if entry is not None and entry.matches([member]) else None
+
+    def _make_views(self, key: _Key, entry: _Entry, members: Sequence[Member]) -> None:
+        """Point each member's own entry at its rows of the merged matrix, so that nothing is held twice."""
+        if len(members) == 1:
+            return
+        start = 0
+        for part, stamp, member in zip(key, entry.stamps, members, strict=True):
+            self._entries[(part,)] = _Entry(_slice(entry.packed, start, member.rows), (stamp,))
+            start += member.rows
+
+    def _forgetter(self, part: tuple[int, bool]) -> Callable[[], None]:
+        store = weakref.ref(self)
+
+        def forget() -> None:
+            alive = store()
+            if alive is not None:
+                with alive._lock:
+                    for key in [k for k in alive._entries if part in k]:
+                        alive._entries.pop(key, None)
+
+        return forget
+
+    def _release(self, entry: _Entry, members: Sequence[Member], release: Callable[[torch.Tensor], None]) -> None:
+        for stamp, member in zip(entry.stamps, members, strict=True):
+            if not stamp.released and owns_storage(member.weight):
+                release(member.weight)
+                stamp.released = True
+        entry.release_done = True
+
+
+def owns_storage(weight: torch.Tensor) -> bool:
+    """Whether a tensor is all there is in its storage, so that freeing it takes nothing from another."""
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+def _slice(packed: Packed, start: int, rows: int) -> Packed:
+    return Packed(packed.weight[start : start + rows], packed.scale[start : start + rows])
+
+
+def _empty(members: Sequence[Member]) -> Packed:
+    rows, columns = sum(m.rows for m in members), members[0].columns
+    device = members[0].weight.device
+    # Made outside inference mode, so that a later call with gradients can save them for backward.
+    with torch.inference_mode(False):
+        return Packed(
+            torch.empty((rows, columns), dtype=torch.int8, device=device),
+            torch.empty((rows,), dtype=torch.float32, device=device),
+        )
+
+
+def _quantize_into(target: Packed, member: Member) -> None:
+    with torch.no_grad():
+        weight = member.weight.detach()
+        weight = weight.t() if member.transposed else weight
+        step = max(1, _CHUNK // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], step):
+            codes, scale = quantize_weight(weight[start : start + step])
+            target.weight[start : start + step].copy_(codes)
+            target.scale[start : start + step].copy_(scale)
+
+
+STORE = WeightStore()

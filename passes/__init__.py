@@ -1,0 +1,22 @@
+"""The rewrites, in the order they run. Each is a function ``(graph, context) -> number of changes``.
+
+``normalize``  every form of a linear becomes one canonical node
+``quantize``   each eligible linear becomes ``int8compile.linear``, each other gets a Reason
+``share``      an activation that feeds several linears is quantised once
+``merge``      linears that read one quantised activation become one product
+``verify``     the result obeys the rules, or VerifyError
+
+A pass only rewrites: removing what became dead, linting, timing and logging are the runner's (``runner.py``).
+"""
+
+from int8compile.passes.context import PassContext
+from int8compile.passes.merge import merge
+from int8compile.passes.normalize import normalize
+from int8compile.passes.quantize import quantize
+from int8compile.passes.runner import run
+from int8compile.passes.share import share
+from int8compile.passes.verify import verify
+
+PIPELINE = (normalize, quantize, share, merge, verify)
+
+__all__ = ["PIPELINE", "PassContext", "merge", "normalize", "quantize", "run", "share", "verify"]

@@ -1,0 +1,49 @@
+"""What a pass is given beside the graph: options, the capture it lifts weights on, and where to write Reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8compile.capture import Capture
+from int8compile.config import Int8Config
+from int8compile.report import Site
+
+
+@dataclasses.dataclass
+class PassContext:
+    """Shared by the passes of one run.
+
+    Args:
+        capture: the graph's inputs and lifted weights.
+        config: the user's options.
+        grad_enabled: whether gradients are recorded where the graph begins.
+        sites: one for each linear, written by ``quantize``.
+    """
+
+    capture: Capture
+    config: Int8Config
+    grad_enabled: bool = False
+    sites: dict[fx.Node, Site] = dataclasses.field(default_factory=dict)
+
+    def call(
+        self, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, value: Any = None
+    ) -> fx.Node:
+        """Insert a call before a node, with the provenance of ``like`` and a fake value (computed if not given)."""
+        graph = self.capture.graph
+        with graph.inserting_before(before):
+            node = graph.call_function(target, args)
+        node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
+        if value is None:
+            values = fx.node.map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
+            with self.capture.fake_mode, torch.no_grad():
+                value = target(*values)
+        node.meta["val" if "val" in like.meta and "example_value" not in like.meta else "example_value"] = value
+        return node
+
+
+_PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")

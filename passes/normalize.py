@@ -1,0 +1,192 @@
+"""normalize: every form of a linear becomes ``aten.linear(x, weight, bias)``. No numerics change.
+
+    (a) F.linear(x, w, b)                               -> aten.linear(x, w, b)
+    (b) x @ w.t(), matmul, mm; w.T, transpose, permute  -> aten.linear(x, w, None)
+    (c) x @ w with w [K, N]                             -> aten.linear(x, aten.t(w), None)
+    (d) addmm(b, x, w) with w [K, N] (GPT-2's Conv1D)   -> aten.linear(x, aten.t(w), b)
+    (e) einsum("...k,nk->...n", x, w) and its like      -> aten.linear(x, w or aten.t(w), None)
+    (f) aten.linear, mm, addmm, matmul of an exported graph, the same way
+
+A product is a linear only if its second operand is, through transposes, a parameter or buffer: attention's ``q @ k.T``
+stays. So do addmm with alpha or beta, a bias that is not [N], and einsums that permute their result.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from int8compile.capture import is_constant
+from int8compile.graph_text import meta_tensor
+from int8compile.passes.context import PassContext
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+
+_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
+_MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm", "__matmul__"}
+_ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
+_EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
+_T = {torch.t, aten.t.default, "t"}
+_SWAP = {torch.transpose, aten.transpose.int, "transpose", torch.swapaxes, "swapaxes"}
+_PERMUTE = {torch.permute, aten.permute.default, "permute"}
+
+
+class Linear(NamedTuple):
+    """What a node computes, found to be x [..., K] times weight [N, K] (or [K, N] if ``transposed``) plus bias [N]."""
+
+    x: fx.Node
+    weight: fx.Node
+    transposed: bool
+    bias: fx.Node | None
+
+
+def normalize(graph: fx.Graph, context: PassContext) -> int:
+    changes = 0
+    for node in list(graph.nodes):
+        if node.target is LINEAR and node.op == "call_function" and not node.kwargs and len(node.args) == 3:
+            continue
+        linear = match_linear(node)
+        if linear is None:
+            continue
+        weight = linear.weight
+        if linear.transposed:
+            weight = context.call(node, aten.t.default, (weight,), like=node)
+        value = node.meta.get("example_value", node.meta.get("val"))
+        new = context.call(node, LINEAR, (linear.x, weight, linear.bias), like=node, value=value)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        changes += 1
+    if changes:
+        _erase_dead_transposes(graph)
+    return changes
+
+
+def match_linear(node: fx.Node) -> Linear | None:
+    """The linear a node computes, or None."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    target = node.target
+    if target in _LINEAR:
+        return _match_linear(node)
+    if target in _MATMUL:
+        return _match_product(node, operands=_arguments(node, ("input", "other")), bias=None)
+    if target in _ADDMM:
+        return _match_addmm(node)
+    if target in _EINSUM:
+        return _match_einsum(node)
+    return None
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> tuple[object, ...]:
+    """Positional and keyword arguments of the given parameters; ``mat2`` and ``self`` are aten's names for two."""
+    kwargs = dict(node.kwargs)
+    for alias, name in (("self", "input"), ("mat2", "other"), ("tensor", "other")):
+        if alias in kwargs and name not in kwargs:
+            kwargs[name] = kwargs[alias]
+    return tuple(node.args[i] if i < len(node.args) else kwargs.get(name) for i, name in enumerate(names))
+
+
+def _match_linear(node: fx.Node) -> Linear | None:
+    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    root, transposed = resolve_transposes(weight)
+    if not is_constant(root):
+        root, transposed = weight, False
+    return Linear(x, root, transposed, bias if isinstance(bias, fx.Node) else None)
+
+
+def _match_product(node: fx.Node, operands: tuple[object, ...], bias: fx.Node | None) -> Linear | None:
+    x, other = operands
+    if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
+        return None
+    root, transposed = resolve_transposes(other)
+    if not is_constant(root) or _dims(root) != 2 or _dims(x) == 0:
+        return None
+    return Linear(x, root, not transposed, bias)
+
+
+def _match_addmm(node: fx.Node) -> Linear | None:
+    bias, x, other = _arguments(node, ("input", "mat1", "other"))
+    scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    if scaled or len(node.args) > 3 or node.kwargs.get("out") is not None or not isinstance(bias, fx.Node):
+        return None
+    linear = _match_product(node, (x, other), bias)
+    if linear is None:
+        return None
+    weight, offset = meta_tensor(linear.weight), meta_tensor(bias)
+    outputs = None if weight is None else weight.shape[1 if linear.transposed else 0]
+    return linear if offset is not None and offset.dim() == 1 and offset.shape[0] == outputs else None
+
+
+def _match_einsum(node: fx.Node) -> Linear | None:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    left, out = equation.replace(" ", "").split("->")
+    if left.count(",") != 1:
+        return None
+    x_labels, w_labels = left.split(",")
+    x, weight = operands
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):
+        return None
+    if not is_constant(resolve_transposes(weight)[0]):
+        (x, x_labels), (weight, w_labels) = (weight, w_labels), (x, x_labels)
+    root, transposed = resolve_transposes(weight)
+    if not is_constant(root) or len(w_labels) != 2 or "." in w_labels or len(set(w_labels)) != 2 or not x_labels:
+        return None
+    k = x_labels[-1]
+    if k not in w_labels or k == "." or x_labels.count(k) != 1 or len(set(x_labels.replace(".", ""))) != len(
+        x_labels.replace(".", "")
+    ):
+        return None
+    n = w_labels.replace(k, "")
+    if out != x_labels[:-1] + n or n in x_labels:
+        return None
+    return Linear(x, root, transposed != (w_labels[0] == k), None)
+
+
+def resolve_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
+    """Follow a 2-D value back through transposes: where it comes from, and whether an odd number was passed."""
+    transposed = False
+    while (source := _transposed_source(node)) is not None:
+        node, transposed = source, not transposed
+    return node, transposed
+
+
+def _transposed_source(node: fx.Node) -> fx.Node | None:
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source, *rest = node.args
+    assert isinstance(source, fx.Node)
+    if _dims(source) != 2 or node.kwargs:
+        return None
+    dims = [r for a in rest for r in (a if isinstance(a, (list, tuple)) else [a])]
+    swaps = all(isinstance(d, int) for d in dims) and [d % 2 for d in dims if isinstance(d, int)]
+    if node.target in _T:
+        return source
+    if node.target in _SWAP and swaps in ([0, 1], [1, 0]):
+        return source
+    if node.target in _PERMUTE and swaps == [1, 0]:
+        return source
+    if node.target is getattr and rest and rest[0] in ("T", "mT"):
+        return source
+    return None
+
+
+def _dims(node: fx.Node) -> int | None:
+    value = meta_tensor(node)
+    return None if value is None else value.dim()
+
+
+def _erase_dead_transposes(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _transposed_source(node) is not None:
+            graph.erase_node(node)

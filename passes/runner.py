@@ -1,0 +1,38 @@
+"""Runs the pipeline: times, lints and logs each pass and removes what it left dead."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from int8compile.graph_text import dump
+from int8compile.passes.context import PassContext
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[fx.Graph, PassContext], int]
+
+
+def run(pipeline: Sequence[Pass], context: PassContext) -> tuple[dict[str, int], dict[str, float]]:
+    """Run the passes that are not disabled; returns each one's number of changes and seconds."""
+    counts: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    graph = context.capture.graph
+    for rewrite in pipeline:
+        name = rewrite.__name__
+        if name in context.config.disable_passes:
+            continue
+        start = time.perf_counter()
+        counts[name] = rewrite(graph, context)
+        if counts[name]:
+            context.capture.drop_unused_inputs()
+            graph.lint()
+        seconds[name] = time.perf_counter() - start
+        log.debug("%s: %d changes in %.1f ms", name, counts[name], 1e3 * seconds[name])
+        if counts[name] and log.isEnabledFor(logging.DEBUG):
+            log.debug("graph after %s:\n%s", name, dump(graph))
+    context.capture.gm.recompile()
+    return counts, seconds

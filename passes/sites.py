@@ -1,0 +1,60 @@
+"""What the report says of a rewritten graph: every linear once, and the weights' bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from int8compile.capture import Capture, is_constant, site_path
+from int8compile.graph_text import meta_tensor
+from int8compile.passes.context import PassContext
+from int8compile.passes.normalize import match_linear
+from int8compile.report import Reason, Site, WeightUse
+
+
+def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
+    """The sites in graph order, those included that no pass looked at (a disabled pass, a nested graph)."""
+    sites = []
+    for node in graph.nodes:
+        if node in context.sites:
+            sites.append(context.sites[node])
+        elif node.op == "get_attr" and isinstance(body := _attribute(context.capture.gm, str(node.target)), fx.GraphModule):
+            sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
+        elif match_linear(node):
+            sites.append(_site(node))
+    return sites
+
+
+def _site(node: fx.Node) -> Site:
+    linear = match_linear(node)
+    assert linear is not None
+    weight, out = meta_tensor(linear.weight), meta_tensor(node)
+    n, k = (weight.shape[::-1] if linear.transposed else weight.shape) if weight is not None else (0, 0)
+    dtype = "?" if out is None else str(out.dtype).removeprefix("torch.")
+    return Site(site_path(node, linear.weight), int(k), int(n), dtype, Reason.DISABLED)
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> object:
+    value: object = gm
+    for name in target.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def weight_uses(captured: Capture) -> list[WeightUse]:
+    """Bytes of every parameter and buffer the graph reads or read."""
+    int8_bytes: dict[fx.Node, int] = {}
+    for lifted in captured.lifted.values():
+        for node, transposed in lifted.members:
+            value = meta_tensor(node)
+            assert value is not None
+            int8_bytes[node] = value.numel() + 4 * value.shape[1 if transposed else 0]
+    kept = set(captured.kept)
+    uses = []
+    for node, example in captured.examples.items():
+        if is_constant(node) and isinstance(example, torch.Tensor):
+            size = example.numel() * example.element_size()
+            uses.append(WeightUse(id(example), size, int8_bytes.get(node, 0), node in kept))
+    return uses
