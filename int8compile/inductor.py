@@ -50,11 +50,13 @@ def static_inputs(nodes: Sequence[fx.Node]) -> list[Any]:
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Int8Config) -> Callable[..., Any]:
     """Compile a rewritten graph with inductor.
 
-    The reference bodies of our operators are compiled in their place, so that inductor fuses them with what
-    surrounds them. That, and everything else in our sources and options that decides the result, is not in the keys
-    of inductor's caches by itself, so a tag puts it there.
+    On a CPU our operators stay calls. Elsewhere the reference bodies are compiled in their place, so that inductor
+    fuses them with what surrounds them; on a CPU that makes a prompt of 512 tokens 1.1 times faster and compiling
+    3 times slower. Which it was, and everything else in our sources and options that decides the result, is not in
+    the keys of inductor's caches by itself, so a tag puts it there.
     """
-    decompositions = {**select_decomp_table(), **REFERENCES}
+    on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, torch.Tensor))
+    decompositions = None if on_cpu else {**select_decomp_table(), **REFERENCES}
     patches = {**list_mode_options(config.mode or "default"), **config.inductor}
     with torch.compiler.config.patch(cache_key_tag=_cache_tag(config)):
         compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)

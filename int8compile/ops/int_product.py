@@ -16,18 +16,22 @@ from torch.nn.functional import pad
 _EXACT_IN_FP32 = 1024  # 127 * 127 * 1024 < 2**24
 
 
-def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` for int8 a [M, K] and b [N, K], as int32 [M, N], exact for K <= 131072."""
+def int8_product(a: torch.Tensor, b: torch.Tensor, b_float: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b.T`` for int8 a [M, K] and b [N, K], as int32 [M, N], exact for K <= 131072.
+
+    Args:
+        b_float: ``b.float()``, if the caller has it; saves making it where it is needed.
+    """
     if a.device.type == "cuda":
         return _cublas_product(a, b)
     if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
         return torch._int_mm(a, b.t())
-    return _fp32_product(a, b)
+    return _fp32_product(a, b.float() if b_float is None else b_float)
 
 
 def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     parts = [
-        (p.float() @ q.float().t()).to(torch.int32)
+        (p.float() @ q.t()).to(torch.int32)
         for p, q in zip(a.split(_EXACT_IN_FP32, dim=1), b.split(_EXACT_IN_FP32, dim=1), strict=True)
     ]
     total = parts[0]

@@ -39,13 +39,14 @@ def product(
 ) -> torch.Tensor:
     """The body of ``scaled_mm`` and, after quantising, of ``linear``."""
     m, k = codes.shape
-    acc = int8_product(codes, weight).float() * row_scale.unsqueeze(1)
-    if outliers is not None:
+    weight_float = None if outliers is None else weight.float()
+    acc = int8_product(codes, weight, weight_float).float() * row_scale.unsqueeze(1)
+    if outliers is not None and weight_float is not None:
         values = x.reshape(m, k).float()
         # An unflagged column must not add anything, not even the NaN of a row whose scale is NaN.
         carries = outliers & (values.abs() >= residual_from) if residual_from > 0 else outliers
         residual = torch.where(carries, values - row_scale.unsqueeze(1) * codes.float(), 0.0).to(x.dtype)
-        acc = acc + residual.float() @ weight.float().t()
+        acc = acc + residual.float() @ weight_float.t()
     out = acc * weight_scale
     if bias is not None:
         out = out + bias.float()
