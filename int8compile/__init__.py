@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from int8compile.config import Int8Config
     from int8compile.explanation import explain
     from int8compile.graph_text import dump
+    from int8compile.lifetime import invalidate, restore_weights_
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
-    from int8compile.lifetime import invalidate, restore_weights_
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """The torch.compile backend: the whole story on one screen.
 
-    model = torch.compile(model, backend="int8")
+model = torch.compile(model, backend="int8")
 """
 
 from __future__ import annotations

@@ -19,9 +19,6 @@ KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-# Fields of BitsAndBytesConfig that have no meaning here and are passed over when one is given.
-_BNB_FOREIGN = ("load_in_8bit", "load_in_4bit", "quant_method")
-
 
 @dataclasses.dataclass(frozen=True)
 class Int8Config:
@@ -129,18 +126,17 @@ class Int8Config:
         return dataclasses.replace(config, mode=mode)
 
     def fingerprint(self) -> str:
-        """Stable text of everything that decides what is compiled; part of the compile caches' key."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "inductor")
-        return repr([*fields, sorted((k, repr(v)) for k, v in self.inductor.items())])
+        """Stable text of our own options; part of the compile caches' key, where inductor's own are already."""
+        return repr([(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "inductor"])
 
 
-def _from_bitsandbytes(config: object) -> dict[str, object]:
+def _from_bitsandbytes(config: object) -> dict[str, Any]:
     """The fields of a ``BitsAndBytesConfig`` (taken by name, so transformers need not be installed)."""
     if getattr(config, "load_in_4bit", False):
         raise OptionValueError("load_in_4bit", True, "an 8-bit BitsAndBytesConfig (load_in_8bit=True)")
-    fields: dict[str, object] = {}
-    for name in (f.name for f in dataclasses.fields(Int8Config) if f.name not in _BNB_FOREIGN):
-        if getattr(config, name, None) is not None and name.startswith("llm_int8_"):
+    fields: dict[str, Any] = {}
+    for name in (f.name for f in dataclasses.fields(Int8Config) if f.name.startswith("llm_int8_")):
+        if getattr(config, name, None) is not None:
             fields[name] = getattr(config, name)
     return fields
 

@@ -55,6 +55,6 @@ def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwa
     return report
 
 
-def _isolated() -> dict[str, bool]:
+def _isolated() -> dict[str, Any]:
     """Newer torch can keep a compile's cache entries apart from all others."""
     return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}

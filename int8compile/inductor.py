@@ -58,9 +58,10 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Int8Config)
     on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, torch.Tensor))
     decompositions = None if on_cpu else {**select_decomp_table(), **REFERENCES}
     patches = {**list_mode_options(config.mode or "default"), **config.inductor}
-    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config)):
-        compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)
-    return compiled
+    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config)):  # type: ignore[attr-defined]
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)
+    function: Callable[..., Any] = compiled
+    return function
 
 
 def _cache_tag(config: Int8Config) -> str:

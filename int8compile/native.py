@@ -58,7 +58,9 @@ def load(source: str) -> None:
             no_implicit_headers=True,
         )
     except (RuntimeError, OSError) as error:
-        raise KernelBuildError(f"could not build csrc/{source} (a C++ compiler and ninja are needed):\n{error}") from error
+        raise KernelBuildError(
+            f"could not build csrc/{source} (a C++ compiler and ninja are needed):\n{error}"
+        ) from error
 
 
 def release_storage() -> Callable[[torch.Tensor], None]:

@@ -71,7 +71,7 @@ class _Stamp:
         if self.ref() is not weight:
             return False
         if self.released:
-            return weight.untyped_storage().nbytes() == 0
+            return bool(weight.untyped_storage()._cdata == self.storage.cdata)
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer

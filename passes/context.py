@@ -11,6 +11,7 @@ from torch import fx
 
 from int8compile.capture import Capture
 from int8compile.config import Int8Config
+from int8compile.graph_text import meta_value
 from int8compile.report import Site
 
 
@@ -39,11 +40,24 @@ class PassContext:
             node = graph.call_function(target, args)
         node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         if value is None:
-            values = fx.node.map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
+            values = argument_values(args)
             with self.capture.fake_mode, torch.no_grad():
                 value = target(*values)
         node.meta["val" if "val" in like.meta and "example_value" not in like.meta else "example_value"] = value
         return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Put a node in another's place; the old one's site is the new one's."""
+        old.replace_all_uses_with(new)
+        old.graph.erase_node(old)
+        if old in self.sites:
+            self.sites[new] = self.sites.pop(old)
+
+
+def argument_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A call's arguments with each node replaced by its fake value."""
+    values: tuple[Any, ...] = fx.node.map_arg(args, meta_value)  # type: ignore[arg-type,assignment]
+    return values
 
 
 _PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")

@@ -7,7 +7,6 @@ does a node stand (gradients on or off, autocast on or off)?
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -20,7 +19,7 @@ _SET_GRAD = torch._C._set_grad_enabled
 def storage_of(node: fx.Node) -> int | None:
     """Identity of the storage behind a node's fake tensor; equal for views of one tensor."""
     value = meta_tensor(node)
-    return None if value is None else value.untyped_storage()._cdata
+    return None if value is None else int(value.untyped_storage()._cdata)
 
 
 def mutated_nodes(node: fx.Node) -> list[fx.Node]:
@@ -68,7 +67,7 @@ def _positional_inplace(node: fx.Node) -> bool:
     return position < len(node.args) and bool(node.args[position])
 
 
-def changes_between(graph: fx.Graph, value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+def changes_between(value: fx.Node, first: fx.Node, last: fx.Node) -> bool:
     """Whether anything may write to ``value``'s memory after ``first`` and before ``last``."""
     storage = storage_of(value)
     node = first.next
@@ -104,7 +103,3 @@ def regions(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, tuple[int, boo
 
 def _is_known_pure(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) or getattr(node.target, "__module__", "") == "_operator"
-
-
-def same_region(nodes: Iterable[fx.Node], where: dict[fx.Node, tuple[int, bool]]) -> bool:
-    return len({where[node] for node in nodes}) == 1

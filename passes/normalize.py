@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from int8compile.capture import is_constant
-from int8compile.graph_text import meta_tensor
+from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
@@ -56,10 +56,8 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
         weight = linear.weight
         if linear.transposed:
             weight = context.call(node, aten.t.default, (weight,), like=node)
-        value = node.meta.get("example_value", node.meta.get("val"))
-        new = context.call(node, LINEAR, (linear.x, weight, linear.bias), like=node, value=value)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        new = context.call(node, LINEAR, (linear.x, weight, linear.bias), like=node, value=meta_value(node))
+        context.replace(node, new)
         changes += 1
     if changes:
         _erase_dead_transposes(graph)
@@ -143,8 +141,11 @@ def _match_einsum(node: fx.Node) -> Linear | None:
     if not is_constant(root) or len(w_labels) != 2 or "." in w_labels or len(set(w_labels)) != 2 or not x_labels:
         return None
     k = x_labels[-1]
-    if k not in w_labels or k == "." or x_labels.count(k) != 1 or len(set(x_labels.replace(".", ""))) != len(
-        x_labels.replace(".", "")
+    if (
+        k not in w_labels
+        or k == "."
+        or x_labels.count(k) != 1
+        or len(set(x_labels.replace(".", ""))) != len(x_labels.replace(".", ""))
     ):
         return None
     n = w_labels.replace(k, "")

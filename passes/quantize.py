@@ -15,7 +15,7 @@ from torch import fx
 
 from int8compile.capture import is_constant, site_path
 from int8compile.config import Int8Config
-from int8compile.graph_text import meta_tensor
+from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops._library import FLOAT_DTYPES, MAX_IN_FEATURES
 from int8compile.passes.context import PassContext
@@ -41,12 +41,9 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
         lifted = context.capture.lift((resolve_transposes(weight),))
         config = context.config
         args = (x, lifted.weight, lifted.scale, bias, config.llm_int8_threshold, config.outlier_policy)
-        value = node.meta.get("example_value", node.meta.get("val"))
-        new = context.call(node, int8_linear, args, like=node, value=value)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
+        context.replace(node, new)
         _erase_dead_transpose(graph, weight)
-        context.sites[new] = context.sites.pop(node)
         changes += 1
     return changes
 
@@ -64,7 +61,9 @@ class _Facts:
         self.config = context.config
         self.regions = regions(graph, context.grad_enabled)
         self.written = written_storages(graph)
-        tables = [n.args[1] if len(n.args) > 1 else n.kwargs.get("weight") for n in graph.nodes if n.target in _EMBEDDINGS]
+        tables = [
+            n.args[1] if len(n.args) > 1 else n.kwargs.get("weight") for n in graph.nodes if n.target in _EMBEDDINGS
+        ]
         self.embeddings = {storage_of(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings |= {self._real_storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings.discard(None)
@@ -117,7 +116,7 @@ class _Facts:
         example = self.context.capture.examples.get(node)
         if not isinstance(example, torch.Tensor) or _is_fake(example):
             return None
-        return example.untyped_storage()._cdata
+        return int(example.untyped_storage()._cdata)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -11,12 +11,15 @@ gradient regions. (Inductor would not find this: to it the operators are opaque.
 from __future__ import annotations
 
 import operator
+from typing import cast
 
+import torch
 from torch import fx
 
-from int8compile.graph_text import meta_tensor
+from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear, quantize_rowwise, scaled_mm
 from int8compile.ops.linear import residual_from
+from int8compile.passes.calls import LinearCall, ScaledMmCall
 from int8compile.passes.context import PassContext
 from int8compile.passes.effects import changes_between, regions
 
@@ -30,10 +33,10 @@ def _groups(graph: fx.Graph, context: PassContext) -> list[list[fx.Node]]:
     where = regions(graph, context.grad_enabled)
     groups: dict[object, list[list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=linear):
-        x, _, _, _, threshold, policy = node.args
-        out = meta_tensor(node)
-        runs = groups.setdefault((x, threshold, policy, None if out is None else out.dtype, where[node]), [])
-        if runs and not changes_between(graph, x, runs[-1][-1], node):
+        call, out = LinearCall.of(node), meta_tensor(node)
+        key = (call.x, call.threshold, call.policy, None if out is None else out.dtype, where[node])
+        runs = groups.setdefault(key, [])
+        if runs and not changes_between(call.x, runs[-1][-1], node):
             runs[-1].append(node)
         else:
             runs.append([node])
@@ -41,23 +44,20 @@ def _groups(graph: fx.Graph, context: PassContext) -> list[list[fx.Node]]:
 
 
 def _share(context: PassContext, group: list[fx.Node]) -> int:
-    first = group[0]
-    x, _, _, _, threshold, policy = first.args
-    quantized = context.call(first, quantize_rowwise, (x, threshold), like=first)
-    value = quantized.meta.get("example_value", quantized.meta.get("val"))
+    first, of_first = group[0], LinearCall.of(group[0])
+    quantized = context.call(first, quantize_rowwise, (of_first.x, of_first.threshold), like=first)
+    values = cast(tuple[torch.Tensor, ...], meta_value(quantized))
     codes, row_scale, outliers = (
-        context.call(first, operator.getitem, (quantized, i), like=first, value=value[i]) for i in range(3)
+        context.call(first, operator.getitem, (quantized, i), like=first, value=value) for i, value in enumerate(values)
     )
     for node in group:
-        _, weight, scale, bias, _, _ = node.args
+        x, weight, scale, bias, threshold, policy = LinearCall.of(node)
         out = meta_tensor(node)
         assert out is not None
-        mask = outliers if threshold else None
-        args = (codes, row_scale, x, mask, weight, scale, bias, out.dtype, residual_from(threshold, policy))
-        new = context.call(node, scaled_mm, args, like=node, value=out)
-        node.replace_all_uses_with(new)
-        node.graph.erase_node(node)
-        context.sites[new] = context.sites.pop(node)
+        mask, smallest = (outliers if threshold else None), residual_from(threshold, policy)
+        args = ScaledMmCall(codes, row_scale, x, mask, weight, scale, bias, out.dtype, smallest)
+        new = context.call(node, scaled_mm, tuple(args), like=node, value=out)
+        context.replace(node, new)
     if not outliers.users:
         outliers.graph.erase_node(outliers)
     return len(group)

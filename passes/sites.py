@@ -20,7 +20,9 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
     for node in graph.nodes:
         if node in context.sites:
             sites.append(context.sites[node])
-        elif node.op == "get_attr" and isinstance(body := _attribute(context.capture.gm, str(node.target)), fx.GraphModule):
+        elif node.op == "get_attr" and isinstance(
+            body := _attribute(context.capture.gm, str(node.target)), fx.GraphModule
+        ):
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))

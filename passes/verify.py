@@ -7,15 +7,18 @@ inserted is dead.
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import fx
 
 from int8compile.capture import is_constant
 from int8compile.errors import VerifyError
 from int8compile.graph_text import dump, meta_tensor, meta_value, target_name
 from int8compile.ops import linear, quantize_rowwise, scaled_mm
-from int8compile.passes.context import PassContext
-
-_WEIGHT_AT = {linear: 1, scaled_mm: 4}
+from int8compile.ops._library import FLOAT_DTYPES
+from int8compile.passes.calls import LinearCall, ScaledMmCall
+from int8compile.passes.context import PassContext, argument_values
 
 
 def verify(graph: fx.Graph, context: PassContext) -> int:
@@ -33,22 +36,26 @@ def _fail(graph: fx.Graph, problem: str) -> None:
 def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
     if not node.users:
         _fail(graph, f"{node.name} ({target_name(node.target)}) is dead")
-    args = fx.node.map_arg(node.args, meta_value)
     with context.capture.fake_mode:
-        expected = node.target(*args)  # type: ignore[operator]
-    value = meta_value(node)
-    pairs = [(expected, value)] if node.target is not quantize_rowwise else list(zip(expected, value, strict=True))  # type: ignore[call-overload]
-    for want, have in pairs:
-        # Under autocast the operator's dtype is that of the region, which the fake call above does not see.
+        expected = node.target(*argument_values(node.args))  # type: ignore[operator]
+    # Shapes only: under autocast the dtype is that of the region, which this call of the fake does not see.
+    for want, have in zip(_tensors(expected), _tensors(meta_value(node)), strict=True):
         if tuple(want.shape) != tuple(have.shape):
-            _fail(graph, f"{node.name} is {have.dtype}{list(have.shape)} where its operator gives {list(want.shape)}")
-    if node.target in _WEIGHT_AT:
-        weight = node.args[_WEIGHT_AT[node.target]]  # type: ignore[index]
-        scale = node.args[_WEIGHT_AT[node.target] + 1]  # type: ignore[index]
-        if not any(lifted.weight is weight and lifted.scale is scale for lifted in context.capture.lifted.values()):
-            _fail(graph, f"{node.name} reads a weight and scale that are not a lifted pair")
-        if (out := meta_tensor(node)) is None or not out.is_floating_point():
-            _fail(graph, f"{node.name} has no floating-point value")
+            _fail(graph, f"{node.name} is {list(have.shape)} where its operator gives {list(want.shape)}")
+    if node.target is quantize_rowwise:
+        return
+    call = LinearCall.of(node) if node.target is linear else ScaledMmCall.of(node)
+    if not any(
+        lifted.weight is call.weight and lifted.scale is call.scale for lifted in context.capture.lifted.values()
+    ):
+        _fail(graph, f"{node.name} reads a weight and scale that are not a lifted pair")
+    out = meta_tensor(node)
+    if out is None or out.dtype not in FLOAT_DTYPES:
+        _fail(graph, f"{node.name} is {None if out is None else out.dtype}, which no int8 product gives")
+
+
+def _tensors(value: object) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (cast(torch.Tensor, value),)
 
 
 def _check_inputs(graph: fx.Graph, context: PassContext) -> None:

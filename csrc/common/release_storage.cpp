@@ -1,7 +1,8 @@
 // Frees a tensor's storage and makes every later access to its data raise `message`.
 //
 // Resizing the storage to nothing is not enough: eager operators that read it would dereference a null pointer.
-// c10 has a switch for this on the storage itself, which Python cannot reach in every build of torch.
+// c10 has a switch for this on the storage itself, which Python cannot reach in every build of torch. The nominal
+// size stays, because views check it before they look at the data.
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
@@ -18,7 +19,6 @@ void release_storage(const at::Tensor& tensor, const std::string message) {
       "release_storage: the tensor holds ", tensor.numel() * tensor.element_size(), " of its storage's ",
       storage->nbytes(), " bytes; freeing it would take data from another tensor");
   storage->set_data_ptr_noswap(at::DataPtr(nullptr, storage->device()));
-  storage->set_nbytes(0);
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
 }
 

@@ -25,12 +25,12 @@ def int8_product(a: torch.Tensor, b: torch.Tensor, b_float: torch.Tensor | None 
     if a.device.type == "cuda":
         return _cublas_product(a, b)
     if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch._int_mm(a, b.t())
+        return _int_mm(a, b)
     return _fp32_product(a, b.float() if b_float is None else b_float)
 
 
 def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    parts = [
+    parts: list[torch.Tensor] = [
         (p.float() @ q.t()).to(torch.int32)
         for p, q in zip(a.split(_EXACT_IN_FP32, dim=1), b.split(_EXACT_IN_FP32, dim=1), strict=True)
     ]
@@ -46,4 +46,9 @@ def _cublas_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     n = b.shape[0]
     a = pad(a, (0, -k % 8, 0, torch.sym_max(17 - m, 0)))
     b = pad(b, (0, -k % 8, 0, -n % 8))
-    return torch._int_mm(a, b.t())[:m, :n]
+    return _int_mm(a, b)[:m, :n]
+
+
+def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch._int_mm(a, b.t())
+    return product

@@ -7,7 +7,8 @@ have code 0 there, and what the codes leave over in an outlier column,
 
 is multiplied in 16 bits with the int8 weight, which 16 bits hold exactly:
 
-    out[m, n] = weight_scale[n] * (row_scale[m] * sum_k q[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]) + bias[n]
+    sum[m, n] = row_scale[m] * sum_k q[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]
+    out[m, n] = weight_scale[n] * sum[m, n] + bias[n]
 
 ``outliers=None`` leaves the outlier product out (threshold 0). ``residual_from`` > 0 keeps it to the elements of at
 least that magnitude, so that no row depends on another (policy "element"); 0 gives the whole column (the paper's).
