@@ -9,6 +9,7 @@ needs no import of this package. What is here serves to look (``explain``, ``las
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from int8compile.session import last_report
 
 __version__ = "0.1.0"
+
+# passes/ and csrc/ stand beside this folder in a checkout and inside it once installed. Python finds this folder first
+# when it is started in a checkout, so let it find those two there as well.
+_checkout = Path(__file__).resolve().parent.parent
+if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproject.toml").exists():
+    __path__.append(str(_checkout))
 
 _HOME = {
     "Int8Config": "config",

@@ -123,8 +123,13 @@ def mark_constant(node: fx.Node, source: object) -> None:
     if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is None:
         return
     name = getattr(source, "name", "")
-    node.meta["int8compile_constant"] = module_path(str(name() if callable(name) else name)) or node.name
-    node.meta["int8compile_input"] = f'weight "{node.meta["int8compile_constant"]}"'
+    mark_constant_as(node, module_path(str(name() if callable(name) else name)) or node.name)
+
+
+def mark_constant_as(node: fx.Node, name: str) -> None:
+    """Mark a placeholder as the parameter or buffer of this name."""
+    node.meta["int8compile_constant"] = name
+    node.meta["int8compile_input"] = f'weight "{name}"'
 
 
 def is_constant(node: fx.Node) -> bool:

@@ -103,7 +103,8 @@ class _Facts:
             return Reason.MUTATED, ""
         if min(k, n) < self.config.min_features:
             return Reason.TOO_SMALL, f"min_features={self.config.min_features}"
-        if weight.requires_grad and self.regions[node][1]:
+        trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
+        if trainable and self.regions[node][1]:
             return Reason.TRAINABLE, ""
         return Reason.REWRITTEN, ""
 
