@@ -18,7 +18,7 @@ from int8compile.config import Int8Config
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.sites import complete_sites, weight_uses
 from int8compile.report import GraphReport, Reason, Report
-from int8compile.weights import STORE, Member
+from int8compile.weights import STORE, Slot
 
 log = logging.getLogger(__name__)
 
@@ -88,16 +88,17 @@ def _runner(captured: Capture, compiled: Callable[..., Any], config: Int8Config)
     if not captured.lifted:
         return compiled
     kept = [captured.position[node] for node in captured.kept]
-    specs = [[(captured.position[n], t) for n, t in lifted.members] for lifted in captured.lifted.values()]
-    dropped = set(captured.position.values()) - set(kept)
     release = native.release_storage() if config.release_weights else None
+    slots = []
+    for lifted in captured.lifted.values():
+        members = [(captured.position[node], transposed) for node, transposed in lifted.members]
+        may_release = not any(position in kept for position, _ in members)
+        slots.append(Slot(STORE, members, release if may_release else None))
 
     def call(*args: Any) -> Any:
         inputs = [args[i] for i in kept]
-        for spec in specs:
-            members = [Member(args[i], transposed) for i, transposed in spec]
-            may_release = release is not None and all(i in dropped for i, _ in spec)
-            inputs.extend(STORE.resolve(members, release if may_release else None))
+        for slot in slots:
+            inputs += slot.fetch(args)
         return compiled(*inputs)
 
     return call

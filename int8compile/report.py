@@ -29,6 +29,7 @@ class Reason(enum.Enum):
     MUTATED = "its weight is changed inside the graph"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
     NESTED = "inside a higher-order operator (such as activation checkpointing)"
+    FUSED = "inside a fused attention call of PyTorch (nn.MultiheadAttention, nn.TransformerEncoderLayer)"
     DISABLED = "the pass that rewrites it is in disable_passes"
 
 

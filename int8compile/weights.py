@@ -22,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from int8compile.ops import quantize_weight
 
+_expired = torch.UntypedStorage._expired
+
 _CHUNK = 1 << 22  # elements quantised at a time, so that fp32 temporaries stay small
 
 
@@ -62,8 +64,7 @@ class _Stamp:
         # Inference tensors have no version counter; they cannot be changed in place outside inference mode.
         self.version = None if weight.is_inference() else weight._version
         self.pointer = weight.data_ptr()
-        # A storage freed and allocated anew can have the same data pointer, but not while this weak reference
-        # keeps its control block: then it is expired.
+        # Memory freed and allocated anew can have the same address; the storage it was is then expired.
         self.storage = StorageWeakRef(weight.untyped_storage())
         self.released = False
 
@@ -75,7 +76,7 @@ class _Stamp:
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
-            and not self.storage.expired()
+            and not _expired(self.storage.cdata)
         )
 
 
@@ -106,17 +107,21 @@ class WeightStore:
             members: float weights of the same K.
             release: called with each weight once its int8 form exists, to free its storage.
         """
+        return self.entry(members, release).packed
+
+    def entry(self, members: Sequence[Member], release: Callable[[torch.Tensor], None] | None = None) -> _Entry:
+        """``resolve``, with what tells whether the answer still holds."""
         key = tuple((id(m.weight), m.transposed) for m in members)
         entry = self._entries.get(key)
         if entry is not None and entry.matches(members) and (release is None or entry.release_done):
-            return entry.packed
+            return entry
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or not entry.matches(members):
                 entry = self._pack(key, members)
             if release is not None:
                 self._release(entry, members, release)
-            return entry.packed
+            return entry
 
     def invalidate(self, weight: torch.Tensor) -> None:
         """Forget the int8 form of a weight that changed unseen (``weight.data.copy_()`` bumps no version)."""
@@ -233,6 +238,38 @@ def _quantize_into(target: Packed, member: Member) -> None:
             codes, scale = quantize_weight(weight[start : start + step])
             target.weight[start : start + step].copy_(codes)
             target.scale[start : start + step].copy_(scale)
+
+
+class Slot:
+    """A lifted input of one compiled graph: which of the graph's arguments it is made of, and what it was last.
+
+    Only a shortcut past the store's lookup, and a weak one, so that no int8 form outlives its weight for its sake.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        members: Sequence[tuple[int, bool]],
+        release: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        """``members``: position of each float weight among the graph's arguments, and whether it is stored [K, N]."""
+        self._store, self._members, self._release = store, members, release
+        self._positions = [position for position, _ in members]
+        self._last: Callable[[], _Entry | None] = lambda: None
+
+    def fetch(self, args: Sequence[torch.Tensor]) -> Packed:
+        """The int8 form of the arguments as they are now."""
+        entry = self._last()
+        if entry is not None:
+            for stamp, position in zip(entry.stamps, self._positions):  # noqa: B905 (each call, each weight)
+                if not stamp.matches(args[position]):
+                    break
+            else:
+                return entry.packed
+        members = [Member(args[position], transposed) for position, transposed in self._members]
+        entry = self._store.entry(members, self._release)
+        self._last = weakref.ref(entry)
+        return entry.packed
 
 
 STORE = WeightStore()
