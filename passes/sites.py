@@ -13,9 +13,16 @@ from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import match_linear
 from int8compile.report import Reason, Site, WeightUse
 
+# Calls that Dynamo puts into the graph whole, with the weights of several linears as arguments.
+_FUSED = {
+    torch.nn.functional.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+}
+
 
 def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
-    """The sites in graph order, those included that no pass looked at (a disabled pass, a nested graph)."""
+    """The sites in graph order, those too that no pass looked at (a disabled pass, a nested graph, a fused call)."""
     sites = []
     for node in graph.nodes:
         if node in context.sites:
@@ -26,6 +33,8 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))
+        elif node.op == "call_function" and node.target in _FUSED:
+            sites += _fused_sites(node, context)
     return sites
 
 
@@ -36,6 +45,19 @@ def _site(node: fx.Node) -> Site:
     n, k = (weight.shape[::-1] if linear.transposed else weight.shape) if weight is not None else (0, 0)
     dtype = "?" if out is None else str(out.dtype).removeprefix("torch.")
     return Site(site_path(node, linear.weight), int(k), int(n), dtype, Reason.DISABLED)
+
+
+def _fused_sites(node: fx.Node, context: PassContext) -> list[Site]:
+    """A site for each weight that a fused call multiplies by: its matrices that are parameters (a mask is none)."""
+    sites = []
+    for weight in filter(is_constant, node.all_input_nodes):
+        value = meta_tensor(weight)
+        if value is None or value.dim() != 2 or not isinstance(context.capture.examples[weight], torch.nn.Parameter):
+            continue
+        path = str(weight.meta["int8compile_constant"]).removesuffix(".weight")
+        dtype = str(value.dtype).removeprefix("torch.")
+        sites.append(Site(path, int(value.shape[1]), int(value.shape[0]), dtype, Reason.FUSED))
+    return sites
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> object:
