@@ -24,7 +24,7 @@ from int8compile.ops import quantize_weight
 
 _expired = torch.UntypedStorage._expired
 
-_CHUNK = 1 << 22  # elements quantised at a time, so that fp32 temporaries stay small
+_CHUNK = 1 << 20  # elements quantised at a time, so that fp32 temporaries stay small
 
 
 class Packed(NamedTuple):

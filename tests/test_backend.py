@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import int8compile
+from int8compile import inductor
 from int8compile.errors import KernelBuildError
+from int8compile.ops._library import REFERENCES
 from int8compile.report import Reason
 
 SMALL = {"min_features": 0}
@@ -87,6 +89,40 @@ def test_mode_and_inductor_options_reach_inductor(monkeypatch):
         torch.compile(Mlp(), backend="int8", options=options)(x)
         assert seen["max_autotune"] is True
         assert seen["epilogue_fusion"] is False
+
+
+def test_a_bitsandbytes_config_as_options():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["up"])
+    model, x = Mlp(128), activation(5, 128)
+    model.gate, model.up, model.down = nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 128)
+    with torch.no_grad():
+        torch.compile(model, backend="int8", options=theirs)(x)
+    assert [s.reason for s in int8compile.last_report().sites] == [Reason.REWRITTEN, Reason.SKIPPED, Reason.REWRITTEN]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_reference_bodies_compile_in_place_of_the_operators(monkeypatch, dynamic):
+    """As on devices other than a CPU: inductor gets the bodies, forward and backward, and no call of ours is left."""
+    monkeypatch.setattr(
+        "int8compile.inductor.decompositions", lambda inputs: {**inductor.select_decomp_table(), **REFERENCES}
+    )
+    targets = []
+
+    def look(graph):
+        targets.extend(str(n.target) for n in graph.nodes)
+
+    model, x = Mlp(), activation(5, 16).requires_grad_()
+    for fc in (model.gate, model.up, model.down):
+        fc.weight.requires_grad_(False)
+    options = {**SMALL, "inductor": {"post_grad_custom_post_pass": look, "fx_graph_cache": False}}
+    out = torch.compile(model, backend="int8", options=options, dynamic=dynamic)(x)
+    torch.testing.assert_close(out, model.emulate(x), rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    (want,) = torch.autograd.grad(model.emulate(x).sum(), x)
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
+    assert "aten.mm.default" in targets
+    assert not any("int8compile" in target for target in targets)
 
 
 def test_gradients_reach_the_input_and_the_float_parameters():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from int8compile.ops import linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import MAX_IN_FEATURES
-from int8compile.ops.int_product import _fp32_product, int8_product
+from int8compile.ops.int_product import _cublas_product, _fp32_product, int8_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One rounding to the output's dtype, and the rounding of residuals to the input's.
@@ -113,6 +113,27 @@ class TestInt8Product:
         want = (a.long() @ b.long().t()).to(torch.int32)
         assert torch.equal(int8_product(a, b), want)
         assert torch.equal(_fp32_product(a, b.float()), want)
+
+    @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 3), (16, 8, 8), (17, 9, 100), (40, 1, 1025)])
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_the_padded_cublas_call_is_exact_and_within_its_limits(self, monkeypatch, m, n, k, dynamic):
+        """cuBLASLt takes M > 16 and multiples of 8; ``_int_mm`` of the CPU stands in for it here."""
+        real = torch._int_mm
+
+        def cublas(a, b):
+            assert a.shape[0] > 16
+            assert a.shape[1] % 8 == b.shape[1] % 8 == 0
+            return real(a, b)
+
+        a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+        b = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        want = (a.long() @ b.long().t()).to(torch.int32)
+        if dynamic:
+            compiled = torch.compile(_cublas_product, backend="aot_eager", dynamic=True, fullgraph=True)
+            assert torch.equal(compiled(a, b), want)
+        else:
+            monkeypatch.setattr(torch, "_int_mm", cublas)
+            assert torch.equal(_cublas_product(a, b), want)
 
 
 class TestLinear:
