@@ -52,10 +52,11 @@ def compile_rewritten(
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph, report, and give the result to a compiler."""
     provider = native.choose_provider(config.kernels, example_inputs)
+    release = native.release_storage() if config.release_weights else None
     captured, report = rewrite(gm, example_inputs, config, provider)
     session.record(report, inductor.compiled_callable())
     _announce(report)
-    return _runner(captured, compiler(captured.gm, _compile_inputs(captured), config), config)
+    return _runner(captured, compiler(captured.gm, _compile_inputs(captured), config), release)
 
 
 def rewrite(
@@ -83,12 +84,13 @@ def _compile_inputs(captured: Capture) -> list[Any]:
     return [captured.examples[n] for n in captured.kept] + inductor.static_inputs(lifted)
 
 
-def _runner(captured: Capture, compiled: Callable[..., Any], config: Int8Config) -> Callable[..., Any]:
+def _runner(
+    captured: Capture, compiled: Callable[..., Any], release: Callable[[torch.Tensor], None] | None
+) -> Callable[..., Any]:
     """The function Dynamo calls: resolves each int8 weight through the store, then runs the compiled graph."""
     if not captured.lifted:
         return compiled
     kept = [captured.position[node] for node in captured.kept]
-    release = native.release_storage() if config.release_weights else None
     slots = []
     for lifted in captured.lifted.values():
         members = [(captured.position[node], transposed) for node, transposed in lifted.members]
@@ -105,12 +107,13 @@ def _runner(captured: Capture, compiled: Callable[..., Any], config: Int8Config)
 
 
 def _announce(report: GraphReport) -> None:
-    """Say once a graph, at INFO what was done, and at WARNING when nothing could be."""
-    summary, refusal = Report([report]).summary(), Report([report]).commonest_refusal()
-    if any(site.rewritten for site in report.sites):
-        log.info("int8: %s", summary)
-    elif refusal is not None:
-        log.warning("int8: %s. Most often %s: %s", summary, refusal.name, refusal.value)
-    trainable = [site.path for site in report.sites if site.reason is Reason.TRAINABLE]
-    if trainable and len(trainable) < len(report.sites):
-        log.warning("int8: %d linears stay in float because %s", len(trainable), Reason.TRAINABLE.value)
+    """Say once a graph what was done, at INFO; with a warning where nothing was, or where gradients stood in the way."""
+    whole = Report([report])
+    refusal = whole.commonest_refusal()
+    trainable = sum(site.reason is Reason.TRAINABLE for site in report.sites)
+    if not whole.rewritten and refusal is not None:
+        log.warning("int8: %s. Most often %s: %s", whole.summary(), refusal.name, refusal.value)
+    elif trainable:
+        log.warning("int8: %s. %d TRAINABLE: %s", whole.summary(), trainable, Reason.TRAINABLE.value)
+    elif report.sites:
+        log.info("int8: %s", whole.summary())
