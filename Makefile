@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes: Python >= 3.10 and a C++ compiler are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+
+# A strict editable install (mypy cannot follow the other kind) has a link for each package file, so a file added or
+# removed asks for a new install: the stamp is named by the list of files.
+FILES := $(shell find int8compile passes csrc -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
+INSTALLED := .venv/installed-$(firstword $(shell echo $(FILES) | cksum))
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -rf build .venv/installed-*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
+	touch $@
+
+.PHONY: install demo test test-all lint bench clean help
+install: $(INSTALLED)	## make .venv, or bring it up to date
+
+demo: $(INSTALLED)	## float and int8 side by side on a language model
+	$(BIN)/python -m examples.demo
+
+test: $(INSTALLED)	## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)	## all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)	## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)	## times and perplexity of a model, and the sizes from which int8 pays
+	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.min_features
+
+clean:	## remove .venv, builds and caches (the downloaded model too)
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help:	## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
