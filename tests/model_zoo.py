@@ -180,6 +180,8 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _VISION = {k: v for k, v in _SIZES.items() if k.endswith(("_size", "_layers", "_heads")) and k != "vocab_size"}
 _VISION |= {"image_size": 16, "patch_size": 8}
 _LM_HEAD = {Reason.OUTPUT_EMBEDDING: 1}
+# Inductor keeps bf16 intermediates in fp32 where it can; here they are to be rounded as eager rounds them.
+_ROUNDED = {"inductor": {"emulate_precision_casts": True}}
 
 
 def tokens(length: int = 7, seed: int = 0) -> torch.Tensor:
@@ -330,8 +332,8 @@ ZOO = (
     # A layer of 6 in the encoder; 6 and 4 of cross-attention in the decoder.
     Entry("Whisper", _whisper, _speech, 16, _LM_HEAD),
     Entry("T5", _hf("T5", "ForConditionalGeneration", **_T5), _pair, 16, _LM_HEAD),
-    Entry("Llama, autocast bf16", llama, _text, 14, _LM_HEAD, autocast=True),
-    Entry("GPT-2, autocast bf16", gpt2, _text, 8, _LM_HEAD, autocast=True),
+    Entry("Llama, autocast bf16", llama, _text, 14, _LM_HEAD, autocast=True, options=_ROUNDED),
+    Entry("GPT-2, autocast bf16", gpt2, _text, 8, _LM_HEAD, autocast=True, options=_ROUNDED),
     # 2 layers of qkv o, up down: with the usual activations each layer is one fused call, with others its attention is.
     Entry("TransformerEncoder", lambda: _encoder(nn.functional.relu), _vectors, 0, {Reason.FUSED: 8}),
     Entry("TransformerEncoder, SiLU", lambda: _encoder(nn.functional.silu), _vectors, 4, {Reason.FUSED: 4}),
