@@ -30,7 +30,7 @@ test-all: $(INSTALLED)	## all tests
 lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml  # from here it sees the installed package, passes/ included
 
 bench: $(INSTALLED)	## times and perplexity of a model, and the sizes from which int8 pays
 	$(BIN)/python -m benchmarks.model

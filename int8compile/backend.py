@@ -15,7 +15,9 @@ from torch import fx
 from int8compile import inductor, native, session
 from int8compile.capture import Capture, capture
 from int8compile.config import Int8Config
+from int8compile.native import Provider
 from int8compile.passes import PIPELINE, PassContext, run
+from int8compile.passes.quantize import names
 from int8compile.passes.sites import complete_sites, weight_uses
 from int8compile.report import GraphReport, Reason, Report
 from int8compile.weights import STORE, Slot
@@ -36,7 +38,7 @@ def int8(
 
     Raises:
         OptionNameError, OptionValueError: an unknown option, or one with a bad value.
-        KernelBuildError: ``kernels="native"`` and there are none.
+        KernelBuildError: ``kernels="native"`` and there are none, or ``release_weights`` without a C++ compiler.
     """
     return compile_rewritten(gm, example_inputs, Int8Config.make(options, mode=mode), inductor.compile_graph)
 
@@ -48,7 +50,7 @@ def compile_rewritten(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     config: Int8Config,
-    compiler: Callable[[fx.GraphModule, Sequence[Any], Int8Config], Callable[..., Any]],
+    compiler: Callable[[fx.GraphModule, Sequence[Any], Int8Config, Provider], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph, report, and give the result to a compiler."""
     provider = native.choose_provider(config.kernels, example_inputs)
@@ -56,22 +58,26 @@ def compile_rewritten(
     captured, report = rewrite(gm, example_inputs, config, provider)
     session.record(report, inductor.compiled_callable())
     _announce(report)
-    return _runner(captured, compiler(captured.gm, _compile_inputs(captured), config), release)
+    compiled = compiler(captured.gm, _compile_inputs(captured), config, provider)
+    return _runner(captured, compiled, release)
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Int8Config, provider: str
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Int8Config, provider: Provider
 ) -> tuple[Capture, GraphReport]:
     """Copy Dynamo's graph and run the passes on the copy."""
     captured = capture(gm, example_inputs, inductor.fake_mode_of(gm))
     context = PassContext(captured, config, grad_enabled=torch.is_grad_enabled())
     counts, seconds = run(PIPELINE, context)
+    sites = complete_sites(captured.graph, context)
+    patterns = config.llm_int8_skip_modules
     report = GraphReport(
         compile_id=inductor.compile_id(),
-        provider=provider,
-        sites=complete_sites(captured.graph, context),
+        provider=provider.name,
+        sites=sites,
         weights=weight_uses(captured),
         graph_break=inductor.graph_break_of(gm),
+        unmatched=tuple(p for p in patterns if not any(names(p, site.path) for site in sites)),
         pass_counts=counts,
         pass_seconds=seconds,
     )
@@ -107,7 +113,7 @@ def _runner(
 
 
 def _announce(report: GraphReport) -> None:
-    """Say once a graph what was done, at INFO; with a warning where nothing was, or where gradients stood in the way."""
+    """Say once a graph what was done: at INFO, or at WARNING where nothing was or gradients stood in the way."""
     whole = Report([report])
     refusal = whole.commonest_refusal()
     trainable = sum(site.reason is Reason.TRAINABLE for site in report.sites)
@@ -117,3 +123,6 @@ def _announce(report: GraphReport) -> None:
         log.warning("int8: %s. %d TRAINABLE: %s", whole.summary(), trainable, Reason.TRAINABLE.value)
     elif report.sites:
         log.info("int8: %s", whole.summary())
+    so_far = session.last_report()
+    if so_far is not None and so_far.unmatched and report.graph_break is None:
+        log.warning("int8: llm_int8_skip_modules that name no linear: %s", ", ".join(so_far.unmatched))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from int8compile.errors import OptionNameError, OptionValueError
@@ -161,3 +163,16 @@ def _names(option: str, value: object) -> tuple[str, ...]:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionValueError(option, value, "one of " + ", ".join(repr(a) for a in allowed))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``INT8COMPILE_CACHE_DIR``, else ``int8compile`` in the user's cache folder."""
+    ours = os.environ.get("INT8COMPILE_CACHE_DIR")
+    if ours:
+        return Path(ours)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8compile"
+
+
+def cpu_isa() -> str:
+    """The instruction set CPU kernels are held to, from ``INT8COMPILE_CPU_ISA``; ``auto`` takes the best there is."""
+    return os.environ.get("INT8COMPILE_CPU_ISA") or "auto"

@@ -1,66 +1,194 @@
 """Native code: which provider computes the int8 products, and building what csrc/ holds at first use.
 
-``load()`` compiles C++ with ``torch.utils.cpp_extension.load_inline`` and ninja into a folder named by a hash of the
-sources, the flags and the torch version, so that a change builds anew and everything else is found ready.
+A library is compiled by ``torch.utils.cpp_extension`` with ninja into a folder named by a hash of its sources, its
+flags and the torch version: a change builds anew, everything else is found ready in milliseconds. Processes that start
+together wait for one build, and one that is killed leaves nothing that another could take for a library: a build goes
+on in a folder of its own, under a lock that the system releases with its process, and is moved into place when whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from int8compile.config import cache_folder, cpu_isa
 from int8compile.errors import KernelBuildError
 
-_FLAGS = ["-O3"]
+log = logging.getLogger(__name__)
 
 
-def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> str:
-    """Who computes the int8 products for tensors such as these, for ``kernels`` = auto, native or reference.
+class Library(NamedTuple):
+    """A shared library of operators: the folder of ``csrc`` that holds its sources, and how they are compiled."""
+
+    folder: str
+    flags: tuple[str, ...]
+
+
+LIBRARIES = {
+    # The reference rounds after every multiplication, so a fused multiply-add would give other bits.
+    "cpu": Library("cpu", ("-O3", "-fopenmp", "-ffp-contract=off")),
+    "common": Library("common", ("-O2",)),
+}
+
+
+class Provider(NamedTuple):
+    """Who computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``."""
+
+    name: str
+    native: bool
+
+
+def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> Provider:
+    """The provider for tensors such as these, for ``kernels`` = auto, native or reference.
 
     Raises:
-        KernelBuildError: ``"native"``, and there are no native kernels for the device.
+        KernelBuildError: ``"native"``, and there are no native kernels for the device or they cannot be built.
     """
     devices = sorted({t.device.type for t in example_inputs if isinstance(t, torch.Tensor)}) or ["cpu"]
-    if kernels == "native":
-        raise KernelBuildError(
-            f"kernels='native': this version has no native kernels for {', '.join(devices)}; use kernels='auto'"
-        )
-    return f"reference ({', '.join(devices)})"
+    reference = Provider(f"reference ({', '.join(devices)})", native=False)
+    if kernels == "reference":
+        return reference
+    if devices != ["cpu"]:
+        if kernels == "native":
+            raise KernelBuildError(
+                f"kernels='native': this version has no native kernels for {', '.join(devices)}; use kernels='auto'"
+            )
+        return reference
+    try:
+        load("cpu")
+    except KernelBuildError as error:
+        if kernels == "native":
+            raise
+        _warn_once(f"int8: {error.args[0].splitlines()[0]}; the slower reference operators are used instead")
+        return reference
+    return Provider(f"native {torch.ops.int8compile_native.isa()} (cpu)", native=True)
 
 
 @functools.cache
-def load(source: str) -> None:
-    """Build (if need be) and load one C++ file of ``int8compile.csrc``, which registers its operators.
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
-    Args:
-        source: path below csrc, such as ``common/release_storage.cpp``.
+
+_loading = threading.Lock()
+
+
+def load(name: str) -> None:
+    """Build (if need be) and load one of ``LIBRARIES``, which registers its operators.
 
     Raises:
-        KernelBuildError: no compiler or no ninja, or the compiler's own message.
+        KernelBuildError: a missing tool, by name, or the compiler's own message.
     """
-    from torch.utils.cpp_extension import load_inline
+    with _loading:
+        _load(name)
 
-    path = resources.files("int8compile.csrc").joinpath(source)
-    text = path.read_text()
-    digest = hashlib.sha256(f"{text} {_FLAGS} {torch.__version__}".encode()).hexdigest()[:12]
-    name = source.rsplit("/", 1)[-1].removesuffix(".cpp")
+
+@functools.cache
+def _load(name: str) -> None:
+    import int8compile.ops  # noqa: F401 (their schemas come first)
+
+    torch.ops.load_library(str(build(name)))
+    if name == "cpu":
+        torch.ops.int8compile_native.set_isa(cpu_isa())
+
+
+def build(name: str) -> Path:
+    """The shared library's path, built if it is not there yet.
+
+    Raises:
+        KernelBuildError: a missing tool, by name, or the compiler's own message.
+    """
+    library = LIBRARIES[name]
+    sources = Path(str(resources.files("int8compile.csrc"))) / library.folder
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
+    cache = cache_folder()
+    stem = f"{name}-{_digest(library, files)}"
+    target = cache / stem / f"int8compile_{name}.so"
+    if target.exists():
+        return target
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(cache / f"{stem}.lock"):
+        if not target.exists():  # another process may have built it while this one waited
+            _compile(name, library, [path for path in files if path.suffix == ".cpp"], target)
+    return target
+
+
+def _digest(library: Library, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(repr((library, torch.__version__, platform.machine())).encode())
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock; the system lets go of it when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(name: str, library: Library, sources: Sequence[Path], target: Path) -> None:
+    from torch.utils.cpp_extension import load as compile_and_load
+
+    for left_over in target.parent.parent.glob(f"building-{target.parent.name}-*"):
+        shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed; we hold its lock
+    print(f"int8compile: compiling the {name} library (once, up to a minute or two) ...", file=sys.stderr, flush=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"building-{target.parent.name}-", dir=target.parent.parent))
     try:
-        load_inline(
-            f"int8compile_{name}_{digest}",
-            cpp_sources=[f'#line 1 "csrc/{source}"\n{text}'],
-            extra_cflags=_FLAGS,
-            is_python_module=False,
-            no_implicit_headers=True,
-        )
-    except (RuntimeError, OSError) as error:
-        raise KernelBuildError(
-            f"could not build csrc/{source} (a C++ compiler and ninja are needed):\n{error}"
-        ) from error
+        with _ninja_on_path():
+            compile_and_load(
+                f"int8compile_{name}",
+                [str(path) for path in sources],
+                extra_cflags=list(library.flags),
+                build_directory=str(scratch),
+                is_python_module=False,
+            )
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        (scratch / target.name).rename(target)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise KernelBuildError(_explain(name, error)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _explain(name: str, error: Exception) -> str:
+    """The first line names what is missing, if it is a tool; the compiler's own lines follow."""
+    compiler = os.path.expandvars(os.environ.get("CXX", "c++")).split()[0]
+    if shutil.which(compiler) is None:
+        return f"the {name} kernels cannot be built: no C++ compiler ({compiler}) was found\n{error}"
+    if "ninja" in str(error).lower() and "Error building" not in str(error):
+        return f"the {name} kernels cannot be built: ninja was not found (pip install ninja)\n{error}"
+    return f"the {name} kernels do not compile with {compiler}\n{error}"
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """pip's ninja lies beside python, which is on PATH only in an activated environment."""
+    before = os.environ.get("PATH", "")
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def release_storage() -> Callable[[torch.Tensor], None]:
@@ -71,7 +199,7 @@ def release_storage() -> Callable[[torch.Tensor], None]:
     Raises:
         KernelBuildError: the C++ behind it cannot be built.
     """
-    load("common/release_storage.cpp")
+    load("common")
     op = torch.ops.int8compile_native.release_storage.default
 
     def release(tensor: torch.Tensor) -> None:

@@ -77,13 +77,14 @@ class GraphBreak:
 
 @dataclasses.dataclass
 class GraphReport:
-    """One compiled graph."""
+    """One compiled graph. ``unmatched``: entries of ``llm_int8_skip_modules`` that name no linear in it."""
 
     compile_id: str
     provider: str
     sites: list[Site] = dataclasses.field(default_factory=list)
     weights: list[WeightUse] = dataclasses.field(default_factory=list)
     graph_break: GraphBreak | None = None
+    unmatched: tuple[str, ...] = ()
     pass_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     text: str = dataclasses.field(default="", repr=False)
@@ -121,6 +122,12 @@ class Report:
     @property
     def breaks(self) -> list[GraphBreak]:
         return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Entries of ``llm_int8_skip_modules`` that name no linear in any graph: a typo, most likely."""
+        graphs = [set(graph.unmatched) for graph in self.graphs]
+        return sorted(set.intersection(*graphs)) if graphs else []
 
     @property
     def providers(self) -> list[str]:
@@ -173,6 +180,7 @@ class Report:
             "weight_bytes_before": self.weight_bytes_before,
             "weight_bytes_after": self.weight_bytes_after,
             "providers": self.providers,
+            "unmatched": self.unmatched,
         }
 
     def to_json(self) -> str:
@@ -201,6 +209,8 @@ class Report:
         before, after = self.weight_bytes_before, self.weight_bytes_after
         if before:
             yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"
+        if self.unmatched:
+            yield f"llm_int8_skip_modules that name no linear: {', '.join(self.unmatched)}"
         for reason in {site.reason: None for site in self.sites if not site.rewritten}:
             yield f"  {reason.name}: {reason.value}"
 

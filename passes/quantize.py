@@ -126,10 +126,11 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 
 def skipped_by(path: str, config: Int8Config) -> str | None:
     """The pattern of ``llm_int8_skip_modules`` that names this module or one above it, or None."""
+    return next((pattern for pattern in config.llm_int8_skip_modules if names(pattern, path)), None)
+
+
+def names(pattern: str, path: str) -> bool:
+    """Whether a pattern (a path, a dotted suffix of one, or a shell pattern) names a module or one above it."""
     parts = path.split(".")
-    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    for pattern in config.llm_int8_skip_modules:
-        for name in above:
-            if name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern):
-                return pattern
-    return None
+    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(a == pattern or a.endswith(f".{pattern}") or fnmatch.fnmatchcase(a, pattern) for a in above)

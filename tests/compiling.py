@@ -20,7 +20,7 @@ def compile_eager(model: Callable[..., Any], **options: Any) -> Callable[..., An
     config = Int8Config.make({"min_features": 0, **options})
     graphs: list[torch.fx.GraphModule] = []
 
-    def tail(gm: torch.fx.GraphModule, inputs: Any, config: Int8Config) -> Callable[..., Any]:
+    def tail(gm: torch.fx.GraphModule, inputs: Any, config: Int8Config, provider: Any) -> Callable[..., Any]:
         graphs.append(gm)
         return gm.forward
 

@@ -24,6 +24,6 @@ void release_storage(const at::Tensor& tensor, const std::string message) {
 
 }  // namespace
 
-TORCH_LIBRARY(int8compile_native, m) {
+TORCH_LIBRARY_FRAGMENT(int8compile_native, m) {
   m.def("release_storage(Tensor(a!) tensor, str message) -> ()", &release_storage);
 }

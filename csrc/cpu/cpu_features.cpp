@@ -1,0 +1,61 @@
+// CPUID for the instructions, XGETBV for the registers the operating system saves. (Running an instruction to see
+// whether it raises, or asking a library that can be told to pretend, gives wrong answers.)
+
+#include "cpu_features.h"
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Registers {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t part) {
+  Registers r;
+  __get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+uint64_t saved_registers() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t(high) << 32 | low;
+}
+
+int8compile::CpuFeatures detect() {
+  const auto bit = [](uint32_t word, int at) { return (word >> at & 1) != 0; };
+  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0);
+  const bool osxsave = bit(basic.c, 27);
+  const uint64_t saved = osxsave ? saved_registers() : 0;
+  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
+  int8compile::CpuFeatures found;
+  found.avx2 = ymm && bit(basic.c, 12) && bit(basic.c, 28) && bit(basic.c, 29) && bit(extended.b, 5);
+  found.avx512vnni =
+      found.avx2 && zmm && bit(extended.b, 16) && bit(extended.b, 30) && bit(extended.b, 31) && bit(extended.c, 11);
+  found.amx_int8 = tiles && bit(extended.d, 24) && bit(extended.d, 25);
+  return found;
+}
+
+}  // namespace
+
+#else
+
+namespace {
+
+int8compile::CpuFeatures detect() {
+  return {};
+}
+
+}  // namespace
+
+#endif
+
+const int8compile::CpuFeatures& int8compile::cpu_features() {
+  static const CpuFeatures found = detect();
+  return found;
+}

@@ -1,0 +1,130 @@
+// The epilogue: int32 sums to output, with the outlier product, in terms of a vector of eight floats.
+//
+// In the reference's order, so that without outlier columns the output has the reference's bits:
+//   ((row_scale * sum + residual product) * weight_scale + bias), one rounding.
+// The tile is done in strips of 16 columns. A strip first gathers its weights in the outlier columns, as floats; then
+// four rows at a time stay in registers from the sums to the output. The outlier product adds its terms in the order
+// of the columns, whatever the tiling, so the result does not depend on the number of threads.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace int8compile {
+namespace {
+
+template <class Vec>
+struct Strip {
+  static constexpr int vecs = kStrip / Vec::width;
+  int64_t at, cols;  // the first column in the tile, and how many there are
+  Vec weight_scale[vecs], bias[vecs];
+};
+
+// from[0..count) as floats in to[0..kStrip), zeros behind.
+template <class Vec, class T>
+inline void load_strip(const T* from, int64_t count, Vec* to) {
+  T padded[kStrip] = {};
+  if (count < kStrip) {
+    std::memcpy(padded, from, count * sizeof(T));
+    from = padded;
+  }
+  for (int i = 0; i < Strip<Vec>::vecs; ++i) {
+    to[i] = Vec::load(from + i * Vec::width);
+  }
+}
+
+// gathered[t][n] = weight of the strip's column n in outlier column t.
+template <class Vec>
+inline void gather_weights(const Tile& tile, const Strip<Vec>& strip) {
+  const int8_t* first = tile.weight.data + strip.at * tile.weight.stride;
+  for (int64_t t = 0; t < tile.outliers.count; ++t) {
+    const int8_t* from = first + tile.outliers.columns[t];
+    float* to = tile.gathered + t * kStrip;
+    if (strip.cols == kStrip) {
+      for (int i = 0; i < Strip<Vec>::vecs; ++i) {
+        Vec::load_strided(from + i * Vec::width * tile.weight.stride, tile.weight.stride).store(to + i * Vec::width);
+      }
+    } else {
+      for (int64_t n = 0; n < kStrip; ++n) {
+        to[n] = n < strip.cols ? float(from[n * tile.weight.stride]) : 0.0f;
+      }
+    }
+  }
+}
+
+template <class Vec, class Out, int rows>
+inline void finish_rows(const Tile& tile, const Strip<Vec>& strip, int64_t row) {
+  constexpr int vecs = Strip<Vec>::vecs;
+  const int64_t count = tile.outliers.count;
+  Vec product[rows][vecs];
+  if (count > 0) {
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < vecs; ++i) {
+        product[r][i] = Vec::all(0.0f);
+      }
+    }
+    const float* residual = tile.outliers.residual + row * count;
+    for (int64_t t = 0; t < count; ++t) {
+      for (int r = 0; r < rows; ++r) {
+        const Vec left = Vec::all(residual[r * count + t]);
+        for (int i = 0; i < vecs; ++i) {
+          const Vec right = Vec::load(tile.gathered + t * kStrip + i * Vec::width);
+          product[r][i] = product[r][i].plus_product(left, right);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    const Vec row_scale = Vec::all(tile.row_scale[row + r]);
+    Out padded[kStrip];
+    Out* out = static_cast<Out*>(tile.out) + (row + r) * tile.out_stride + strip.at;
+    Out* to = strip.cols == kStrip ? out : padded;
+    for (int i = 0; i < vecs; ++i) {
+      Vec value = Vec::load(tile.sums + (row + r) * kTileCols + strip.at + i * Vec::width) * row_scale;
+      if (count > 0) {
+        value = value + product[r][i];
+      }
+      value = value * strip.weight_scale[i];
+      if (tile.bias != nullptr) {
+        value = value + strip.bias[i];
+      }
+      value.store(to + i * Vec::width);
+    }
+    if (to == padded) {
+      std::memcpy(out, padded, strip.cols * sizeof(Out));
+    }
+  }
+}
+
+template <class Vec, class Out>
+inline void finish_as(const Tile& tile) {
+  Strip<Vec> strip;
+  for (strip.at = 0; strip.at < tile.cols; strip.at += kStrip) {
+    strip.cols = tile.cols - strip.at < kStrip ? tile.cols - strip.at : kStrip;
+    load_strip(tile.weight_scale + strip.at, strip.cols, strip.weight_scale);
+    if (tile.bias != nullptr) {
+      with_type(tile.bias_type, [&](auto sample) {
+        load_strip(static_cast<const decltype(sample)*>(tile.bias) + strip.at, strip.cols, strip.bias);
+      });
+    }
+    gather_weights(tile, strip);
+    int64_t row = 0;
+    for (; row + 4 <= tile.rows; row += 4) {
+      finish_rows<Vec, Out, 4>(tile, strip, row);
+    }
+    for (; row < tile.rows; ++row) {
+      finish_rows<Vec, Out, 1>(tile, strip, row);
+    }
+  }
+}
+
+template <class Vec>
+void finish_tile(const Tile& tile) {
+  with_type(tile.out_type, [&](auto sample) { finish_as<Vec, decltype(sample)>(tile); });
+}
+
+}  // namespace
+}  // namespace int8compile

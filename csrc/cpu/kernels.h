@@ -1,0 +1,102 @@
+// What a CPU provider of the int8 operators is made of, and the table it is chosen from.
+//
+// An instruction set supplies one `Kernels`: four functions over plain pointers, each for one thread and one tile.
+// Everything above them (shapes, threads, blocking over M and N, scratch memory) is common and lives in product.cpp;
+// everything below them may use that instruction set's intrinsics and no torch header. So an ISA's file compiles fast,
+// and no inline function of torch or of the standard library is ever compiled for a CPU that may not be there.
+//
+// Build with -ffp-contract=off: the reference rounds after every multiplication, and a compiler that fuses
+// a * b + c into one rounding gives other bits.
+
+#pragma once
+
+#include <cstdint>
+
+namespace int8compile {
+
+enum class Float : uint8_t { f32, bf16, f16 };
+
+struct BF16 {
+  uint16_t bits;
+};
+
+struct F16 {
+  uint16_t bits;
+};
+
+// Calls `body` with a value of the C++ type that `type` stands for.
+template <class Body>
+auto with_type(Float type, Body body) {
+  switch (type) {
+    case Float::bf16:
+      return body(BF16{});
+    case Float::f16:
+      return body(F16{});
+    default:
+      return body(float{});
+  }
+}
+
+// Codes, row-major; `stride` is the distance between rows.
+struct Codes {
+  const int8_t* data;
+  int64_t stride;
+};
+
+// The outlier columns of one call: which they are, and what the codes leave over in them.
+struct Outliers {
+  int64_t count = 0;
+  const int32_t* columns = nullptr;
+  const float* residual = nullptr;  // [rows, count], already rounded to x's dtype
+};
+
+// One tile of the output on its way from int32 sums to floats.
+struct Tile {
+  int64_t rows, cols;
+  const int32_t* sums;  // [rows, kTileCols]
+  const float* row_scale;
+  Codes weight;  // its first row is the tile's first column
+  const float* weight_scale;
+  const void* bias;  // or null
+  Float bias_type;
+  Outliers outliers;
+  float* gathered;  // scratch, [outliers.count, kStrip]
+  void* out;
+  int64_t out_stride;
+  Float out_type;
+};
+
+// The largest tile a thread works on at a time: int32 sums of kTileRows x kTileCols stay in its L2.
+constexpr int64_t kTileRows = 192;
+constexpr int64_t kTileCols = 128;
+// Columns that `finish` takes at once; kTileCols is a multiple.
+constexpr int64_t kStrip = 16;
+
+struct Kernels {
+  const char* name;
+
+  // codes [k] of the row x [k]; returns its scale. Sets outliers[c] = 1 where |x[c]| >= threshold; null: looks for none.
+  // Other threads may be setting the same bytes.
+  float (*quantize_row)(const void* x, Float type, int64_t k, float threshold, int8_t* codes, uint8_t* outliers);
+
+  // residual[t] = x - scale * codes at outlier column t, rounded to x's dtype; 0 where |x| < from.
+  void (*residual_row)(
+      const void* x, Float type, const int8_t* codes, float scale, float from, int64_t count, const int32_t* columns,
+      float* residual);
+
+  // sums [rows, kTileCols] = a [rows, k] times the transpose of b [cols, k], exact in int32 for every int8 value.
+  void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums);
+
+  // Scales, the outlier product, bias and the one rounding to the output's dtype.
+  void (*finish)(const Tile& tile);
+};
+
+// The provider in use: the best this CPU runs, or what set_isa() asked for.
+const Kernels& kernels();
+
+// One function a file. Those for another architecture than the one compiled for return null.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512vnni_kernels();
+
+}  // namespace int8compile

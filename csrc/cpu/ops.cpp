@@ -1,0 +1,179 @@
+// linear, quantize_rowwise and scaled_mm for CPU tensors: argument checks, then product.cpp.
+//
+// The schemas are int8compile/ops/*.py's, and so is the meaning; the checks here are the same as theirs.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "product.h"
+
+namespace int8compile {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
+constexpr int64_t kMaxInFeatures = 131072;
+
+#define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
+
+bool is_float(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+Float float_type(at::ScalarType type) {
+  return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
+}
+
+void check_activation(const char* op, const Tensor& x) {
+  INT8COMPILE_CHECK(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]");
+  INT8COMPILE_CHECK(
+      is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
+}
+
+void check_threshold(const char* op, double threshold) {
+  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
+}
+
+// A tensor argument on the CPU, of this dtype and shape; `source` says where one comes from.
+void check_tensor(
+    const char* op, const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes,
+    const char* source = "") {
+  INT8COMPILE_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, op, name, " is ",
+      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), "; expected ", dtype, " ", sizes, " on cpu",
+      source);
+}
+
+void check_weight(
+    const char* op, int64_t k, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias) {
+  INT8COMPILE_CHECK(
+      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_cpu(), op, "weight is ",
+      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(),
+      "; expected int8 [N, K] on cpu (quantize_weight makes one)");
+  INT8COMPILE_CHECK(
+      weight.size(1) == k, op, "weight is ", weight.sizes(), ", so it takes ", weight.size(1), " features, but x has ",
+      k);
+  INT8COMPILE_CHECK(
+      k <= kMaxInFeatures, op, "in_features=", k, " is more than ", kMaxInFeatures,
+      ", up to which int32 sums are exact: split the weight along K");
+  check_tensor(op, "weight_scale", weight_scale, at::kFloat, {weight.size(0)});
+  if (bias.has_value()) {
+    INT8COMPILE_CHECK(
+        bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ", bias->sizes(), " on ",
+        bias->device(), "; expected [", weight.size(0), "] on cpu");
+  }
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;  // by multiplication, since K may be 0
+  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) {
+    rows *= size;
+  }
+  return rows;
+}
+
+Activation activation(const Tensor& x) {
+  return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
+}
+
+Tensor empty_output(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
+  at::DimVector sizes(x.sizes());
+  sizes.back() = weight.size(0);
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
+// The operands as the kernels take them. Holds what had to be copied: a weight whose rows are contiguous is used as it
+// is, in whatever tensor they lie.
+struct Operands {
+  Tensor weight, weight_scale, bias;
+  Product product;
+
+  Operands(const Tensor& w, const Tensor& scale, const OptionalTensor& b, Tensor& out)
+      : weight(w.stride(1) == 1 || w.size(1) <= 1 ? w : w.contiguous()), weight_scale(scale.contiguous()) {
+    if (b.has_value()) {
+      bias = (is_float(b->scalar_type()) ? *b : b->to(at::kFloat)).contiguous();
+    }
+    product.cols = weight.size(0);
+    product.weight = {weight.const_data_ptr<int8_t>(), weight.stride(0)};
+    product.weight_scale = weight_scale.const_data_ptr<float>();
+    product.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    product.bias_type = bias.defined() ? float_type(bias.scalar_type()) : Float::f32;
+    product.out = out.mutable_data_ptr();
+    product.out_type = float_type(out.scalar_type());
+  }
+};
+
+Tensor linear(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
+    c10::string_view outlier_policy) {
+  check_activation("linear", x);
+  check_threshold("linear", threshold);
+  INT8COMPILE_CHECK(
+      outlier_policy == "column" || outlier_policy == "element", "linear", "outlier_policy='", outlier_policy,
+      "'; expected 'column' or 'element'");
+  check_weight("linear", x.size(-1), weight, weight_scale, bias);
+  const Tensor values = x.contiguous();
+  Tensor out = empty_output(x, weight, x.scalar_type());
+  const Operands operands(weight, weight_scale, bias, out);
+  const float residual_from = outlier_policy == "element" ? float(threshold) : 0.0f;
+  quantized_linear(activation(values), threshold > 0, float(threshold), residual_from, operands.product);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
+  check_activation("quantize_rowwise", x);
+  check_threshold("quantize_rowwise", threshold);
+  const Tensor values = x.contiguous();
+  const Activation rows = activation(values);
+  Tensor codes = at::empty({rows.rows, rows.k}, x.options().dtype(at::kChar));
+  Tensor scale = at::empty({rows.rows}, x.options().dtype(at::kFloat));
+  Tensor outliers = at::empty({rows.k}, x.options().dtype(at::kBool));
+  auto* flags = static_cast<uint8_t*>(outliers.mutable_data_ptr());
+  if (threshold == 0) {
+    outliers.zero_();
+    flags = nullptr;
+  }
+  quantize_rows(rows, float(threshold), codes.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), flags);
+  return {codes, scale, outliers};
+}
+
+Tensor scaled_mm(
+    const Tensor& q, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers, const Tensor& weight,
+    const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype, double residual_from) {
+  constexpr const char* op = "scaled_mm";
+  check_activation(op, x);
+  const int64_t m = rows_of(x), k = x.size(-1);
+  check_tensor(op, "q", q, at::kChar, {m, k}, " (quantize_rowwise makes it)");
+  check_tensor(op, "row_scale", row_scale, at::kFloat, {m}, " (quantize_rowwise makes it)");
+  if (outliers.has_value()) {
+    check_tensor(op, "outliers", *outliers, at::kBool, {k}, " (quantize_rowwise makes it)");
+  }
+  check_weight(op, k, weight, weight_scale, bias);
+  INT8COMPILE_CHECK(is_float(out_dtype), op, "out_dtype=", out_dtype, "; expected float32, float16 or bfloat16");
+
+  const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
+  const Tensor values = outliers.has_value() ? x.contiguous() : x;  // read for residuals alone
+  const Tensor flags = outliers.has_value() ? outliers->contiguous() : Tensor();
+  Tensor out = empty_output(x, weight, out_dtype);
+  const Operands operands(weight, weight_scale, bias, out);
+  scaled_product(
+      activation(values), codes.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(),
+      flags.defined() ? static_cast<const uint8_t*>(flags.const_data_ptr()) : nullptr, float(residual_from),
+      operands.product);
+  return out;
+}
+
+}  // namespace
+}  // namespace int8compile
+
+TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
+  m.impl("linear", &int8compile::linear);
+  m.impl("quantize_rowwise", &int8compile::quantize_rowwise);
+  m.impl("scaled_mm", &int8compile::scaled_mm);
+}

@@ -1,0 +1,189 @@
+// Threads, tiles and scratch memory; the arithmetic is in kernels().
+//
+// Work is split over columns first: then each weight is read by one thread, and an activation, which is the smaller,
+// by all. Rows are split only where there are fewer strips of columns than threads. No number depends on the split:
+// the sums are exact integers and the epilogue works on one output element at a time.
+//
+// Scratch memory is the codes (a byte an element of x), the residuals in outlier columns, and, a thread, a tile of
+// sums and the gathered weights of one strip.
+
+#include "product.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace int8compile {
+namespace {
+
+constexpr int64_t kQuantizeGrain = 32768;  // elements worth a thread
+constexpr int64_t kProductGrain = 131072;  // multiplications worth a thread
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {}
+
+  T* data() {
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t size_of(Float type) {
+  return type == Float::f32 ? 4 : 2;
+}
+
+const char* element(const void* data, Float type, int64_t at) {
+  return static_cast<const char*>(data) + at * size_of(type);
+}
+
+// The indices of the bytes that are set, which are few; returns how many.
+int64_t list_columns(const uint8_t* flags, int64_t k, int32_t* columns) {
+  int64_t count = 0;
+  int64_t at = 0;
+  for (; at + 8 <= k; at += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + at, sizeof(eight));
+    if (eight == 0) {
+      continue;
+    }
+    for (int64_t i = at; i < at + 8; ++i) {
+      columns[count] = int32_t(i);
+      count += flags[i] != 0;
+    }
+  }
+  for (; at < k; ++at) {
+    if (flags[at] != 0) {
+      columns[count++] = int32_t(at);
+    }
+  }
+  return count;
+}
+
+void fill_residual(
+    const Activation& x, const int8_t* codes, const float* row_scale, float from, int64_t count, const int32_t* columns,
+    float* residual) {
+  at::parallel_for(0, x.rows, divide_up(kQuantizeGrain, 4 * count), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      kernels().residual_row(
+          element(x.data, x.type, m * x.k), x.type, codes + m * x.k, row_scale[m], from, count, columns,
+          residual + m * count);
+    }
+  });
+}
+
+// Columns a tile has. For one row nothing is used twice but what the outlier columns gather: stay in L1 or L2 for that.
+int64_t tile_cols(int64_t rows, int64_t k) {
+  if (rows > 4) {
+    return kTileCols;
+  }
+  return std::clamp<int64_t>(65536 / std::max<int64_t>(k, 1) / kStrip * kStrip, kStrip, kTileCols);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `index` of [0, size) in `parts` even parts, cut at multiples of `unit`.
+Range part(int64_t size, int64_t unit, int64_t parts, int64_t index) {
+  const int64_t units = divide_up(size, unit);
+  return {
+      std::min(size, units * index / parts * unit),
+      std::min(size, units * (index + 1) / parts * unit),
+  };
+}
+
+void multiply_part(
+    Range rows, Range cols, int64_t k, const int8_t* codes, const float* row_scale, const Outliers& outliers,
+    const Product& p) {
+  static thread_local int32_t sums[kTileRows * kTileCols];
+  const Kernels& use = kernels();
+  Scratch<float> gathered(outliers.count * kStrip);
+  const int64_t col_step = tile_cols(rows.end - rows.begin, k);
+  for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+    for (int64_t col = cols.begin; col < cols.end; col += col_step) {
+      Tile tile;
+      tile.rows = std::min(kTileRows, rows.end - row);
+      tile.cols = std::min(col_step, cols.end - col);
+      tile.sums = sums;
+      tile.row_scale = row_scale + row;
+      tile.weight = {p.weight.data + col * p.weight.stride, p.weight.stride};
+      tile.weight_scale = p.weight_scale + col;
+      tile.bias = p.bias == nullptr ? nullptr : element(p.bias, p.bias_type, col);
+      tile.bias_type = p.bias_type;
+      tile.outliers = outliers;
+      tile.outliers.residual += row * outliers.count;
+      tile.gathered = gathered.data();
+      tile.out = const_cast<char*>(element(p.out, p.out_type, row * p.cols + col));
+      tile.out_stride = p.cols;
+      tile.out_type = p.out_type;
+      use.multiply({codes + row * k, k}, tile.weight, tile.rows, tile.cols, k, sums);
+      use.finish(tile);
+    }
+  }
+}
+
+}  // namespace
+
+void quantize_rows(const Activation& x, float threshold, int8_t* codes, float* scale, uint8_t* outliers) {
+  if (outliers != nullptr) {
+    std::memset(outliers, 0, x.k);
+  }
+  at::parallel_for(0, x.rows, divide_up(kQuantizeGrain, std::max<int64_t>(x.k, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      scale[m] = kernels().quantize_row(
+          element(x.data, x.type, m * x.k), x.type, x.k, threshold, codes + m * x.k, outliers);
+    }
+  });
+}
+
+void scaled_product(
+    const Activation& x, const int8_t* codes, const float* row_scale, const uint8_t* flags, float residual_from,
+    const Product& product) {
+  if (x.rows == 0 || product.cols == 0) {
+    return;
+  }
+  Outliers outliers;
+  Scratch<int32_t> columns(flags == nullptr ? 0 : x.k);
+  if (flags != nullptr) {
+    outliers.count = list_columns(flags, x.k, columns.data());
+    outliers.columns = columns.data();
+  }
+  Scratch<float> residual(x.rows * outliers.count);
+  if (outliers.count > 0) {
+    fill_residual(x, codes, row_scale, residual_from, outliers.count, columns.data(), residual.data());
+    outliers.residual = residual.data();
+  }
+  const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
+  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, at::get_num_threads());
+  const int64_t col_parts = std::min(parts, divide_up(product.cols, kStrip));
+  const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
+  at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Range rows = part(x.rows, 1, row_parts, i / col_parts);
+      const Range cols = part(product.cols, kStrip, col_parts, i % col_parts);
+      multiply_part(rows, cols, x.k, codes, row_scale, outliers, product);
+    }
+  });
+}
+
+void quantized_linear(
+    const Activation& x, bool outliers, float threshold, float residual_from, const Product& product) {
+  Scratch<int8_t> codes(x.rows * x.k);
+  Scratch<float> row_scale(x.rows);
+  Scratch<uint8_t> flags(outliers ? x.k : 0);
+  uint8_t* found = outliers ? flags.data() : nullptr;
+  quantize_rows(x, threshold, codes.data(), row_scale.data(), found);
+  scaled_product(x, codes.data(), row_scale.data(), found, residual_from, product);
+}
+
+}  // namespace int8compile

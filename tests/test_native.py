@@ -1,0 +1,95 @@
+"""Building native code: once, whoever starts together; never half; and what is missing is named."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from int8compile import native
+from int8compile.errors import KernelBuildError
+
+LOAD = "from int8compile import native; native.load('common')"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache folder for this test and its subprocesses."""
+    monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def start(code: str = LOAD) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd="/")
+
+
+def built(cache: Path) -> list[Path]:
+    return list(cache.glob("*/int8compile_common.so"))
+
+
+def test_several_processes_build_once_into_a_private_folder(cache):
+    processes = [start() for _ in range(3)]
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], messages
+    assert sum("compiling the common library" in message for message in messages) == 1
+    (library,) = built(cache)
+    assert not list(cache.glob("building-*"))
+    assert cache.stat().st_mode & 0o077 == 0
+    assert library.parent.stat().st_mode & 0o077 == 0
+    # Warm: found, not built.
+    before = library.stat().st_mtime_ns
+    again = start()
+    assert "compiling" not in again.communicate()[1]
+    assert again.returncode == 0
+    assert library.stat().st_mtime_ns == before
+
+
+def test_a_build_killed_half_way_leaves_nothing_that_counts(cache):
+    process = start()
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("building-*/*.ninja")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not built(cache)
+    assert list(cache.glob("building-*"))
+    after = start()
+    assert after.communicate(timeout=300)[1].count("compiling the common library") == 1
+    assert after.returncode == 0
+    assert built(cache)
+    assert not list(cache.glob("building-*"))
+
+
+def test_no_compiler_is_named_and_falls_back_once(cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "load", lambda name: native.build(name))
+    native._warn_once.cache_clear()
+    with pytest.raises(KernelBuildError, match=r"cannot be built: no C\+\+ compiler \(no-such-compiler\) was found"):
+        native.choose_provider("native", [torch.ones(1)])
+    for _ in range(2):
+        assert native.choose_provider("auto", [torch.ones(1)]) == native.Provider("reference (cpu)", native=False)
+    (record,) = [r for r in caplog.records if r.name == "int8compile.native"]
+    assert "no C++ compiler (no-such-compiler) was found; the slower reference operators" in record.message
+    assert native.choose_provider("reference", [torch.ones(1)]).native is False
+
+
+def test_compiler_errors_come_with_their_lines(cache, monkeypatch, tmp_path):
+    shutil.copytree(Path(str(native.resources.files("int8compile.csrc"))), tmp_path / "csrc")
+    (tmp_path / "csrc" / "common" / "release_storage.cpp").write_text("#error this cannot work\n")
+    monkeypatch.setattr(native.resources, "files", lambda package: tmp_path / "csrc")
+    with pytest.raises(KernelBuildError, match=r"do not compile(.|\n)*release_storage\.cpp(.|\n)*this cannot work"):
+        native.build("common")
+    assert not built(cache)
+    assert not list(cache.glob("building-*"))
+
+
+def test_devices_without_native_kernels():
+    meta = [torch.empty(1, device="meta")]
+    assert native.choose_provider("auto", meta).name == "reference (meta)"
+    with pytest.raises(KernelBuildError, match="no native kernels for meta; use kernels='auto'"):
+        native.choose_provider("native", meta)
