@@ -16,6 +16,8 @@ bfloat16, with bfloat16-inductor beside them, where the hardware multiplies that
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
@@ -156,7 +158,7 @@ def _measure(running: list[Contender], texts: list[list[int]], rounds: int) -> d
                 progress.advance(task)
     results: dict[str, dict[str, Any]] = {}
     for c in running:
-        results[c.name] = {"perplexity": common.perplexity(nlls[c.name])}
+        results[c.name] = {"perplexity": common.perplexity(nlls[c.name]), "window_nll": nlls[c.name]}
         if _is_timed(c.name):
             timings = {"prompt_ms": Timing.of(prompt[c.name]), "token_ms": Timing.of(token[c.name])}
             results[c.name] |= {key: vars(timing) for key, timing in timings.items()}
@@ -173,7 +175,12 @@ def _add_ratios(results: dict[str, dict[str, Any]]) -> None:
                 result[f"{key}_speedup"] = fastest / result[f"{key}_ms"]["median"]
         emulation = results.get(f"{result_name.split('-')[0]}-emulation")
         if result_name.endswith("-int8") and emulation is not None:
-            result["perplexity_against_emulation"] = result["perplexity"] / emulation["perplexity"] - 1
+            # Two right computations differ: rounding flips a code here and there, and each flip travels on. So
+            # the standard error, over windows, belongs to the figure.
+            differences = [a - b for a, b in zip(result["window_nll"], emulation["window_nll"], strict=True)]
+            result["perplexity_against_emulation"] = math.expm1(statistics.fmean(differences))
+            if len(differences) > 1:
+                result["standard_error"] = statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _print(output: dict[str, Any]) -> None:
@@ -202,8 +209,9 @@ def _print(output: dict[str, Any]) -> None:
     console.print(table)
     for name, result in output["contenders"].items():
         if "perplexity_against_emulation" in result:
+            error = f" (standard error {result['standard_error']:.2%})" if "standard_error" in result else ""
             console.print(
-                f"{name}: perplexity {result['perplexity_against_emulation']:+.2%} "
+                f"{name}: perplexity {result['perplexity_against_emulation']:+.2%}{error} "
                 "against an eager LLM.int8() emulation"
             )
         if "report" in result:
