@@ -191,8 +191,10 @@ class Report:
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for name, justify in (("linear", "left"), ("count", "right"), ("K x N", "right"), ("dtype", "left")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("linear", overflow="fold")
+        for name in ("count", "K x N"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("dtype", no_wrap=True)
         table.add_column("outcome", overflow="fold")
         for (path, k, n, dtype, reason, detail), count in folded(self.sites).items():
             style = None if reason is Reason.REWRITTEN else "yellow"
