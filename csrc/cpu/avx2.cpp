@@ -115,7 +115,6 @@ struct Avx2Micro {
       } else {
         int32_t lanes[4];
         _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), total);
-        INT8COMPILE_UNROLL
         for (int j = i; j < i + 4 && j < count; ++j) {
           int32_t& sum = sums[j / cols * kTileCols + j % cols];
           sum = add ? sum + lanes[j - i] : lanes[j - i];

@@ -7,6 +7,8 @@
 //
 // That takes one exclusive or for a weight register that serves six rows, row sums once a row, and no copy of either
 // operand. All of it is modulo 2^32, so the shifted sums may wrap. The rest of the provider is AVX2's.
+//
+// Checked so far in emulation only: no machine with these instructions has run it.
 
 #include "kernels.h"
 

@@ -60,20 +60,18 @@ inline void finish_rows(const Tile& tile, const Strip<Vec>& strip, int64_t row) 
   constexpr int vecs = Strip<Vec>::vecs;
   const int64_t count = tile.outliers.count;
   Vec product[rows][vecs];
-  if (count > 0) {
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < vecs; ++i) {
-        product[r][i] = Vec::all(0.0f);
-      }
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < vecs; ++i) {
+      product[r][i] = Vec::all(0.0f);
     }
-    const float* residual = tile.outliers.residual + row * count;
-    for (int64_t t = 0; t < count; ++t) {
-      for (int r = 0; r < rows; ++r) {
-        const Vec left = Vec::all(residual[r * count + t]);
-        for (int i = 0; i < vecs; ++i) {
-          const Vec right = Vec::load(tile.gathered + t * kStrip + i * Vec::width);
-          product[r][i] = product[r][i].plus_product(left, right);
-        }
+  }
+  const float* residual = tile.outliers.residual + row * count;
+  for (int64_t t = 0; t < count; ++t) {
+    for (int r = 0; r < rows; ++r) {
+      const Vec left = Vec::all(residual[r * count + t]);
+      for (int i = 0; i < vecs; ++i) {
+        const Vec right = Vec::load(tile.gathered + t * kStrip + i * Vec::width);
+        product[r][i] = product[r][i].plus_product(left, right);
       }
     }
   }

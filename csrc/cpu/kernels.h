@@ -68,7 +68,7 @@ struct Tile {
 
 // The largest tile a thread works on at a time: int32 sums of kTileRows x kTileCols stay in its L2.
 constexpr int64_t kTileRows = 192;
-constexpr int64_t kTileCols = 128;
+constexpr int64_t kTileCols = 96;
 // Columns that `finish` takes at once; kTileCols is a multiple.
 constexpr int64_t kStrip = 16;
 

@@ -4,8 +4,8 @@
 // widened to int16 in chunks of 16 along K:
 //
 //   activation  `rows` rows at a time into a panel that stays in L1, [chunk][row][16]
-//   weight      a tile of many rows of the activation: into a panel in L2, [col][k], and every row block reads it there;
-//               of few rows: not at all, the micro-kernel widens the int8 codes as it loads them.
+//   weight      of few rows of the activation: not at all, the micro-kernel widens the codes as it loads them;
+//               of many: a tile into a panel in L2, [col][k], from which every row block then loads faster
 //
 // Reading codes unpacked must not run past the end of the tensor. The last K % 16 codes are therefore multiplied in a
 // chunk that ends with them, and the activation's panel has zeros for the codes of that chunk that are done already.
@@ -26,8 +26,8 @@ namespace {
 
 constexpr int64_t kChunk = 16;
 constexpr int64_t kRowPanel = 8192;  // int16 codes: half of a 32 KB L1
-constexpr int64_t kColPanelDepth = 1360;  // along K, of kTileCols columns: a third of a 512 KB L2
-constexpr int64_t kPackFromRows = 24;  // below, widening while loading is cheaper than a panel
+constexpr int64_t kColPanelDepth = 1040;  // along K, of kTileCols columns: 200 KB of a 512 KB L2
+constexpr int64_t kPackFromRows = 96;  // measured on Zen 3: below, filling the column panel costs more than it saves
 constexpr int64_t kNone = INT64_MIN;
 
 struct Panels {
