@@ -113,19 +113,27 @@ def build(name: str) -> Path:
     Raises:
         KernelBuildError: a missing tool, by name, or the compiler's own message.
     """
-    library = LIBRARIES[name]
-    sources = Path(str(resources.files("int8compile.csrc"))) / library.folder
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
-    cache = cache_folder()
-    stem = f"{name}-{_digest(library, files)}"
-    target = cache / stem / f"int8compile_{name}.so"
+    target = library_path(name)
     if target.exists():
         return target
+    cache = cache_folder()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(cache / f"{stem}.lock"):
+    with _locked(cache / f"{target.parent.name}.lock"):
         if not target.exists():  # another process may have built it while this one waited
-            _compile(name, library, [path for path in files if path.suffix == ".cpp"], target)
+            sources = [path for path in _files(LIBRARIES[name]) if path.suffix == ".cpp"]
+            _compile(name, LIBRARIES[name], sources, target)
     return target
+
+
+def library_path(name: str) -> Path:
+    """Where the shared library is, or will be once built: its folder's name is a hash of all that goes into it."""
+    library = LIBRARIES[name]
+    return cache_folder() / f"{name}-{_digest(library, _files(library))}" / f"int8compile_{name}.so"
+
+
+def _files(library: Library) -> list[Path]:
+    folder = Path(str(resources.files("int8compile.csrc"))) / library.folder
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def _digest(library: Library, files: Sequence[Path]) -> str:
@@ -169,12 +177,24 @@ def _compile(name: str, library: Library, sources: Sequence[Path], target: Path)
 
 def _explain(name: str, error: Exception) -> str:
     """The first line names what is missing, if it is a tool; the compiler's own lines follow."""
-    compiler = os.path.expandvars(os.environ.get("CXX", "c++")).split()[0]
-    if shutil.which(compiler) is None:
+    compiler, found = cxx()
+    if found is None:
         return f"the {name} kernels cannot be built: no C++ compiler ({compiler}) was found\n{error}"
     if "ninja" in str(error).lower() and "Error building" not in str(error):
         return f"the {name} kernels cannot be built: ninja was not found (pip install ninja)\n{error}"
     return f"the {name} kernels do not compile with {compiler}\n{error}"
+
+
+def cxx() -> tuple[str, str | None]:
+    """The C++ compiler that builds use, ``$CXX`` or ``c++``, and where it was found."""
+    compiler = os.path.expandvars(os.environ.get("CXX", "c++")).split()[0]
+    return compiler, shutil.which(compiler)
+
+
+def ninja() -> str | None:
+    """Where ninja was found."""
+    with _ninja_on_path():
+        return shutil.which("ninja")
 
 
 @contextlib.contextmanager
@@ -182,9 +202,9 @@ def _ninja_on_path() -> Iterator[None]:
     """pip's ninja lies beside python, which is on PATH only in an activated environment."""
     before = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):
-        import ninja
+        from ninja import BIN_DIR
 
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
+        os.environ["PATH"] = os.pathsep.join([BIN_DIR, before])
     try:
         yield
     finally:

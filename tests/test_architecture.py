@@ -18,7 +18,8 @@ FLOORS = [
     ("passes",),
     ("inductor", "lifetime"),
     ("backend",),
-    ("explanation",),
+    ("explanation", "diagnosis"),
+    ("cli",),
 ]
 
 FILES = [*sorted((ROOT / "int8compile").rglob("*.py")), *sorted((ROOT / "passes").rglob("*.py"))]

@@ -1,0 +1,134 @@
+"""The ``int8compile`` command.
+
+Exit codes, for every command: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage.
+With ``--json`` the answer on stdout is one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from int8compile.errors import Int8CompileError
+
+app = typer.Typer(
+    help="LLM.int8() as a torch.compile backend: model = torch.compile(model, backend='int8')",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback()
+def _root() -> None:
+    """So that a command's name is needed while there are few of them."""
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is there, what was chosen, where builds are kept, and what is missing.
+
+    Builds nothing. Exits with 1 if something keeps native kernels from being used.
+
+    Example: int8compile doctor --json
+    """
+    from int8compile.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        print_json(found)
+    else:
+        _print_diagnosis(found)
+    raise typer.Exit(1 if found["problems"] else 0)
+
+
+@app.command()
+def build(as_json: AsJson = False) -> None:
+    """Compile the native kernels now, so that the first compiled model does not wait: for container images.
+
+    Keeps them in INT8COMPILE_CACHE_DIR, or else in the user's cache folder. What is built already is left as it is.
+
+    Example: INT8COMPILE_CACHE_DIR=/opt/int8compile int8compile build
+    """
+    from int8compile import native
+
+    built: dict[str, Any] = {}
+    for name in native.LIBRARIES:
+        start = time.perf_counter()
+        with failures_to_stderr():
+            path = native.build(name)
+            native.load(name)
+        built[name] = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
+        if not as_json:
+            out.print(f"{name}: {path} ({built[name]['seconds']:.1f} s)", highlight=False)
+    if as_json:
+        print_json(built)
+
+
+class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
+    """Turns an error of ours into its message on stderr and exit code 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Int8CompileError):
+            err.print(f"int8compile: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def _print_diagnosis(found: dict[str, Any]) -> None:
+    kernels, tools = found["kernels"], found["tools"]
+    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    rows = {
+        "int8compile": f"{found['int8compile']}, Python {found['python']}, torch {found['torch']}",
+        "packages": ", ".join(packages) or "none of the optional ones",
+        "CPU": f"{found['machine']}, torch sees {found['cpu']['capability']}, {found['cpu']['threads']} threads",
+        "GPUs": ", ".join(found["gpus"]) or "none",
+        "CPU kernels": _describe_kernels(kernels),
+        **{tool: path or "not found" for tool, path in tools.items()},
+        "builds in": found["cache_folder"],
+        **{
+            f"library {name}": library["path"] if library["built"] else "not built yet (int8compile build)"
+            for name, library in found["libraries"].items()
+        },
+    }
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    out.print(table, highlight=False, markup=False)
+    for problem in found["problems"]:
+        err.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+
+
+def _describe_kernels(kernels: dict[str, Any]) -> str:
+    if kernels["chosen"] is None:
+        return "not built yet (int8compile build, or the first compiled model, does it)"
+    available = " ".join(kernels["available"])
+    wanted = "" if kernels["requested"] == "auto" else f"; INT8COMPILE_CPU_ISA={kernels['requested']}"
+    return f"{kernels['chosen']}, of {available}{wanted}"
+
+
+def main() -> None:
+    """Entry point of the ``int8compile`` command and of ``python -m int8compile.cli``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What ``int8compile doctor`` finds: versions, tools, the CPU's instruction sets, and whether kernels are ready."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+import int8compile
+from int8compile import native
+from int8compile.config import cache_folder, cpu_isa
+from int8compile.errors import KernelBuildError
+
+_OPTIONAL = ("transformers", "peft", "accelerate", "triton")
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything ``doctor`` prints, as JSON-able values; builds nothing.
+
+    ``problems`` lists what keeps native kernels from being used, each with the way out; empty when all is well.
+    """
+    problems: list[str] = []
+    libraries = {name: _library(name) for name in native.LIBRARIES}
+    ready = all(library["built"] for library in libraries.values())
+    found = {
+        "int8compile": int8compile.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in _OPTIONAL},
+        "machine": platform.machine(),
+        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "tools": _tools([] if ready else problems),
+        "cache_folder": str(cache_folder()),
+        "libraries": libraries,
+    }
+    found["kernels"] = _kernels(libraries["cpu"], problems)
+    found["problems"] = problems
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tools(problems: list[str]) -> dict[str, str | None]:
+    name, compiler = native.cxx()
+    ninja = native.ninja()
+    if compiler is None:
+        problems.append(f"no C++ compiler ({name}) was found: install g++ or clang++, or set CXX")
+    if ninja is None:
+        problems.append("ninja was not found: pip install ninja")
+    return {"c++": compiler, "ninja": ninja, "nvcc": shutil.which("nvcc")}
+
+
+def _library(name: str) -> dict[str, Any]:
+    path = native.library_path(name)
+    return {"path": str(path), "built": path.exists()}
+
+
+def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The CPU's instruction sets that have kernels, and the one in use; known once the library is built."""
+    kernels: dict[str, Any] = {"requested": cpu_isa(), "available": None, "chosen": None}
+    if not library["built"]:
+        return kernels
+    try:
+        native.load("cpu")
+    except (KernelBuildError, OSError, ValueError) as error:
+        problems.append(f"the CPU kernels do not load: {str(error).splitlines()[0]}")
+        return kernels
+    kernels["available"] = torch.ops.int8compile_native.isas().split()
+    kernels["chosen"] = torch.ops.int8compile_native.isa()
+    return kernels

@@ -1,0 +1,87 @@
+"""The ``int8compile`` command: what it prints, its exit codes, and that --json is one document."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from int8compile import native
+from int8compile.cli import app
+
+runner = CliRunner()
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "int8compile.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_doctor_tells_what_is_chosen_once_built():
+    native.load("cpu")
+    native.load("common")
+    result = runner.invoke(app, ["doctor", "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, result.output
+    assert found["problems"] == []
+    assert found["torch"] == torch.__version__
+    assert found["kernels"]["chosen"] in found["kernels"]["available"]
+    assert "portable" in found["kernels"]["available"]
+    assert found["libraries"]["cpu"] == {"path": str(native.library_path("cpu")), "built": True}
+    text = runner.invoke(app, ["doctor"])
+    assert text.exit_code == 0
+    assert found["kernels"]["chosen"] in text.stdout
+
+
+def test_doctor_names_the_missing_tool_and_builds_nothing(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "no C++ compiler (no-such-compiler) was found: install" in result.stderr
+    assert "not built yet" in result.stdout
+    assert not empty_cache.exists()
+
+
+def test_a_compiler_is_not_missed_where_all_is_built(monkeypatch):
+    native.load("cpu")
+    native.load("common")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert runner.invoke(app, ["doctor"]).exit_code == 0
+
+
+@pytest.mark.slow  # compiles all kernels anew
+def test_build_prints_where_and_leaves_what_is_there(empty_cache):
+    # In processes of their own, since operators register once a process.
+    first = json.loads(program("build", "--json").stdout)
+    assert {name: built["path"] for name, built in first.items()} == {
+        name: str(native.library_path(name)) for name in native.LIBRARIES
+    }
+    times = [native.library_path(name).stat().st_mtime_ns for name in native.LIBRARIES]
+    assert program("build").stderr == ""
+    assert [native.library_path(name).stat().st_mtime_ns for name in native.LIBRARIES] == times
+
+
+def test_build_fails_with_the_reason_on_stderr(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = runner.invoke(app, ["build"])
+    assert result.exit_code == 1
+    assert "no C++ compiler (no-such-compiler) was found" in result.stderr
+    assert result.stdout == ""
+
+
+def test_wrong_usage_exits_with_2():
+    assert runner.invoke(app, ["buidl"]).exit_code == 2
+
+
+def test_it_runs_as_a_program():
+    shown = program("--help").stdout
+    assert "doctor" in shown
+    assert "build" in shown
