@@ -16,7 +16,7 @@ from int8compile import native
 from int8compile.ops._library import REFERENCES
 
 REFERENCE = {op._schema.name.split("::")[1]: body for op, body in REFERENCES.items()}
-NATIVE = {name: getattr(torch.ops.int8compile, name).default for name in ("linear", "quantize_rowwise", "scaled_mm")}
+NATIVE = {name: getattr(torch.ops.int8compile, name).default for name in REFERENCE if name != "quantize_weight"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

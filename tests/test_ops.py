@@ -323,39 +323,6 @@ def _quantized(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, ...]:
     return q, row_scale, x, outliers
 
 
-class TestGradients:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_linear_and_scaled_mm_pass_the_gradient_through_the_dequantized_weight(self, dtype):
-        codes, scale = int8_weight(9, 64)
-        grad = torch.randn(2, 5, 9).to(dtype)
-        want = grad.double() @ (codes.double() * scale.double().unsqueeze(1))
-        for product in ("linear", "scaled_mm"):
-            x = activation(10, 64, dtype, outliers=2).reshape(2, 5, 64).requires_grad_()
-            bias = torch.randn(9, requires_grad=True)
-            if product == "linear":
-                out = linear(x, codes, scale, bias, 6.0)
-            else:
-                out = scaled_mm(*_quantized(x, 6.0), codes, scale, bias, dtype)
-            out.backward(grad)
-            assert x.grad.dtype == dtype
-            assert gold.error(x.grad, want.numpy()) < 2 * BOUND[dtype]
-            assert gold.error(bias.grad, grad.double().sum((0, 1)).numpy()) < 1e-6
-
-    def test_quantized_activations_carry_no_gradient(self):
-        outputs = quantize_rowwise(torch.randn(3, 8, requires_grad=True), 6.0)
-        assert not any(t.requires_grad for t in outputs)
-
-    def test_gradient_of_a_gradient(self):
-        codes, scale = int8_weight(9, 16)
-        x = torch.randn(3, 16, requires_grad=True)
-        out = linear(x, codes, scale, None, 6.0)
-        weights = torch.randn(3, 9, requires_grad=True)
-        (grad,) = torch.autograd.grad(out, x, weights, create_graph=True)
-        (second,) = torch.autograd.grad(grad.sum(), weights)
-        want = (codes.double() * scale.double().unsqueeze(1)).sum(1).expand(3, 9)
-        assert gold.error(second, want.numpy()) < 1e-5
-
-
 class TestAutocast:
     def test_linear_takes_x_in_the_autocast_dtype(self):
         x, (codes, scale) = activation(5, 64, outliers=2), int8_weight(9, 64)

@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "product.h"
 
 namespace int8compile {
@@ -19,12 +20,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
 constexpr int64_t kMaxInFeatures = 131072;
-
-#define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
-
-bool is_float(at::ScalarType type) {
-  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
-}
 
 Float float_type(at::ScalarType type) {
   return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
@@ -38,16 +33,6 @@ void check_activation(const char* op, const Tensor& x) {
 
 void check_threshold(const char* op, double threshold) {
   INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
-}
-
-// A tensor argument on the CPU, of this dtype and shape; `source` says where one comes from.
-void check_tensor(
-    const char* op, const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes,
-    const char* source = "") {
-  INT8COMPILE_CHECK(
-      tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, op, name, " is ",
-      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), "; expected ", dtype, " ", sizes, " on cpu",
-      source);
 }
 
 void check_weight(
@@ -68,14 +53,6 @@ void check_weight(
         bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ", bias->sizes(), " on ",
         bias->device(), "; expected [", weight.size(0), "] on cpu");
   }
-}
-
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;  // by multiplication, since K may be 0
-  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) {
-    rows *= size;
-  }
-  return rows;
 }
 
 Activation activation(const Tensor& x) {

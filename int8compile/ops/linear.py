@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from int8compile.ops._library import check, check_activation, check_weight, define
+from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.quantize_rowwise import quantize_reference
-from int8compile.ops.scaled_mm import bias_gradient, input_gradient, product
+from int8compile.ops.scaled_mm import product
 
 
 def residual_from(threshold: float, outlier_policy: str) -> float:
@@ -90,7 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
-    grad_x = input_gradient(grad, ctx.x_dtype, weight, weight_scale) if ctx.needs_input_grad[0] else None
+    grad_x = input_gradient(grad, weight, weight_scale, ctx.x_dtype) if ctx.needs_input_grad[0] else None
     grad_bias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
     return grad_x, None, None, grad_bias, None, None
 

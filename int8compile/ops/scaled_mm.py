@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from int8compile.ops._library import FLOAT_DTYPES, check, check_activation, check_weight, define
+from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.int_product import int8_product
 from int8compile.ops.quantize_rowwise import rows
 
@@ -134,22 +135,6 @@ scaled_mm = define(
 )
 
 
-def input_gradient(
-    grad: torch.Tensor, x_dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor
-) -> torch.Tensor:
-    """grad [..., N] to the gradient of x [..., K], through the dequantised weight, unquantised.
-
-    The scale goes on the gradient, because int8 codes are exact in 16 bits and dequantised weights are not.
-    """
-    scaled = (grad.float() * weight_scale).to(x_dtype)
-    return scaled @ weight.to(x_dtype)
-
-
-def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of grad [..., N] over all rows, in fp32."""
-    return grad.reshape(rows(grad), grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, _, x, _, weight, weight_scale, bias, *_ = inputs
     ctx.x_dtype = x.dtype
@@ -159,7 +144,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
-    grad_x = input_gradient(grad, ctx.x_dtype, weight, weight_scale) if ctx.needs_input_grad[2] else None
+    grad_x = input_gradient(grad, weight, weight_scale, ctx.x_dtype) if ctx.needs_input_grad[2] else None
     grad_bias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[6] else None
     return None, None, grad_x, None, None, None, grad_bias, None, None
 
