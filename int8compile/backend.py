@@ -20,7 +20,7 @@ from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.quantize import names
 from int8compile.passes.sites import complete_sites, weight_uses
 from int8compile.report import GraphReport, Reason, Report
-from int8compile.weights import STORE, Slot
+from int8compile.weights import STORE, Slot, Slots
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +101,11 @@ def _runner(
     for lifted in captured.lifted.values():
         members = [(captured.position[node], transposed) for node, transposed in lifted.members]
         may_release = not any(position in kept for position, _ in members)
-        slots.append(Slot(STORE, members, release if may_release else None))
+        slots.append(Slot(tuple(members), release if may_release else None))
+    fetch = Slots(STORE, slots).fetch
 
     def call(*args: Any) -> Any:
-        inputs = [args[i] for i in kept]
-        for slot in slots:
-            inputs += slot.fetch(args)
-        return compiled(*inputs)
+        return compiled(*[args[i] for i in kept], *fetch(args))
 
     return call
 

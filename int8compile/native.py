@@ -72,6 +72,7 @@ def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> Provider:
         return reference
     try:
         load("cpu")
+        load("common")
     except KernelBuildError as error:
         if kernels == "native":
             raise
@@ -86,6 +87,7 @@ def _warn_once(message: str) -> None:
 
 
 _loading = threading.Lock()
+_loaded: set[str] = set()
 
 
 def load(name: str) -> None:
@@ -103,6 +105,7 @@ def _load(name: str) -> None:
     import int8compile.ops  # noqa: F401 (their schemas come first)
 
     torch.ops.load_library(str(build(name)))
+    _loaded.add(name)
     if name == "cpu":
         torch.ops.int8compile_native.set_isa(cpu_isa())
 
@@ -209,6 +212,13 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
+
+
+def stamps(weights: list[torch.Tensor]) -> Any:
+    """What these weights look like, with a ``match(weights)`` that tells whether they still do; None without C++."""
+    if "common" not in _loaded:
+        return None
+    return torch.classes.int8compile_native.Stamps(weights)
 
 
 def release_storage() -> Callable[[torch.Tensor], None]:

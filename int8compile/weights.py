@@ -15,11 +15,12 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from int8compile import native
 from int8compile.ops import quantize_weight
 
 _expired = torch.UntypedStorage._expired
@@ -240,36 +241,69 @@ def _quantize_into(target: Packed, member: Member) -> None:
             target.scale[start : start + step].copy_(scale)
 
 
-class Slot:
-    """A lifted input of one compiled graph: which of the graph's arguments it is made of, and what it was last.
+class Slot(NamedTuple):
+    """A lifted input of one compiled graph: which of the graph's arguments it is made of."""
 
-    Only a shortcut past the store's lookup, and a weak one, so that no int8 form outlives its weight for its sake.
+    members: tuple[tuple[int, bool], ...]  # position of each float weight, and whether it is stored [K, N]
+    release: Callable[[torch.Tensor], None] | None = None
+
+
+class Slots:
+    """All lifted inputs of one compiled graph, at each of its calls.
+
+    As long as no weight has changed, which one check tells for all of them, they are what they were at the last call.
+    That is only a shortcut past the store, and a weak one, so that no int8 form outlives its weight for its sake.
     """
 
-    def __init__(
-        self,
-        store: WeightStore,
-        members: Sequence[tuple[int, bool]],
-        release: Callable[[torch.Tensor], None] | None = None,
-    ) -> None:
-        """``members``: position of each float weight among the graph's arguments, and whether it is stored [K, N]."""
-        self._store, self._members, self._release = store, members, release
-        self._positions = [position for position, _ in members]
-        self._last: Callable[[], _Entry | None] = lambda: None
+    def __init__(self, store: WeightStore, slots: Sequence[Slot]) -> None:
+        self._store, self._slots = store, slots
+        self._positions = sorted({position for slot in slots for position, _ in slot.members})
+        self._last: tuple[_Stamps, list[weakref.ref[_Entry]]] | None = None
 
-    def fetch(self, args: Sequence[torch.Tensor]) -> Packed:
-        """The int8 form of the arguments as they are now."""
-        entry = self._last()
-        if entry is not None:
-            for stamp, position in zip(entry.stamps, self._positions):  # noqa: B905 (each call, each weight)
-                if not stamp.matches(args[position]):
+    def fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Int8 weight and scale of each slot, for the arguments as they are now."""
+        weights = [args[position] for position in self._positions]
+        last = self._last  # read once: another thread may put a new one
+        if last is not None and last[0].match(weights):
+            inputs: list[torch.Tensor] = []
+            for entry_of in last[1]:
+                entry = entry_of()
+                if entry is None:
                     break
+                inputs += entry.packed
             else:
-                return entry.packed
-        members = [Member(args[position], transposed) for position, transposed in self._members]
-        entry = self._store.entry(members, self._release)
-        self._last = weakref.ref(entry)
-        return entry.packed
+                return inputs
+        return self._resolve(args, weights)
+
+    def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        stamps = _stamps(weights)  # first: a change from here on is then seen
+        entries = []
+        for slot in self._slots:
+            members = [Member(args[position], transposed) for position, transposed in slot.members]
+            entries.append(self._store.entry(members, slot.release))
+        self._last = stamps, [weakref.ref(entry) for entry in entries]
+        return [tensor for entry in entries for tensor in entry.packed]
+
+
+class _Stamps(Protocol):
+    """What weights looked like, and whether they still do."""
+
+    def match(self, weights: list[torch.Tensor]) -> bool: ...
+
+
+def _stamps(weights: list[torch.Tensor]) -> _Stamps:
+    made: _Stamps | None = native.stamps(weights)
+    return _PythonStamps(weights) if made is None else made
+
+
+class _PythonStamps:
+    """Where there is no compiler; csrc/common/stamps.cpp is four times as fast."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        self._stamps = [_Stamp(weight, lambda: None) for weight in weights]
+
+    def match(self, weights: list[torch.Tensor]) -> bool:
+        return all(stamp.matches(weight) for stamp, weight in zip(self._stamps, weights, strict=True))
 
 
 STORE = WeightStore()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import int8compile
+from int8compile import native, weights
 from int8compile.ops import quantize_weight
 from int8compile.weights import STORE, Member, WeightStore
 
@@ -263,3 +264,62 @@ class TestStore:
         packed = WeightStore().resolve([Member(weight, False)])
         assert torch.equal(packed.weight, quantize_weight(weight)[0])
         assert torch.equal(packed.scale, quantize_weight(weight)[1])
+
+
+@pytest.fixture(params=["native", "python"])
+def stamps(request, monkeypatch):
+    """Takes the stamps of tensors: with C++, and without."""
+    if request.param == "native":
+        native.load("common")
+    else:
+        monkeypatch.setattr(native, "_loaded", set())
+    return weights._stamps  # the choice between the two
+
+
+class TestStamps:
+    def test_unchanged(self, stamps):
+        ws = [torch.randn(4, 4), nn.Parameter(torch.randn(3, 3)), torch.randn(8, 4)[2:4], torch.empty(0)]
+        taken = stamps(ws)
+        assert taken.match(list(ws))
+        assert stamps([]).match([])
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda ws: ws[1].add_(1),
+            lambda ws: ws.__setitem__(1, ws[1].clone()),
+            lambda ws: setattr(ws[1], "data", ws[1].data.clone()),
+            lambda ws: setattr(ws[1], "data", ws[1].data.view(-1)[4:8]),
+            lambda ws: ws.reverse(),
+            lambda ws: ws[1].share_memory_(),
+        ],
+        ids=["in place", "replaced", "data assigned", "another view", "swapped", "memory shared"],
+    )
+    def test_changes_are_seen(self, stamps, change):
+        ws = [torch.randn(4, 4), torch.randn(4, 4)]
+        taken = stamps(ws)
+        change(ws)
+        assert not taken.match(ws)
+        assert stamps(ws).match(ws)
+
+    def test_memory_freed_and_given_out_again_is_not_the_same(self, stamps):
+        w = torch.randn(64, 64)
+        taken = stamps([w])
+        for _ in range(20):  # until the allocator gives out the same block
+            w.data = torch.randn(1)
+            w.data = torch.randn(64, 64)
+            assert not taken.match([w])
+
+    def test_inference_tensors_have_no_version(self, stamps):
+        with torch.inference_mode():
+            w = torch.randn(4, 4)
+        assert stamps([w]).match([w])
+
+    def test_nothing_is_kept_alive(self, stamps):
+        w = torch.randn(4, 4)
+        gone = weakref.ref(w)
+        taken = stamps([w])
+        del w
+        gc.collect()
+        assert gone() is None
+        assert not taken.match([torch.randn(4, 4)])

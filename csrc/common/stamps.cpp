@@ -1,0 +1,73 @@
+// Whether tensors are what they were: the check a compiled graph makes of all its float weights at each call.
+//
+// The meaning is that of _Stamp in int8compile/weights.py, where it is explained: same tensor, same version, same memory.
+// It is here because a model has hundreds of weights and a decoded token few microseconds for them.
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace {
+
+struct Stamp {
+  // Weak, so that nothing is kept alive; and held, so that no other object can come to have the same address.
+  c10::weak_intrusive_ptr<c10::TensorImpl, at::UndefinedTensorImpl> tensor;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  const void* data;
+  int64_t offset;
+  int64_t version;  // -1: an inference tensor, which has none
+
+  explicit Stamp(const at::Tensor& t)
+      : tensor(t.getIntrusivePtr()),
+        storage(t.storage().getWeakStorageImpl()),
+        data(memory(t)),
+        offset(t.storage_offset()),
+        version(version_of(t)) {}
+
+  bool matches(const at::Tensor& t) const {
+    return tensor._unsafe_get_target() == t.unsafeGetTensorImpl() &&
+        storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && data == memory(t) &&
+        offset == t.storage_offset() && version == version_of(t);
+  }
+
+  // Read past the checks: that of a released weight (release_storage.cpp) would raise.
+  static const void* memory(const at::Tensor& t) {
+    return t.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get();
+  }
+
+  static int64_t version_of(const at::Tensor& t) {
+    return t.is_inference() ? -1 : int64_t(t._version());
+  }
+};
+
+struct Stamps : torch::CustomClassHolder {
+  explicit Stamps(const c10::List<at::Tensor>& tensors) {
+    for (const at::Tensor& tensor : tensors.vec()) {
+      stamps.emplace_back(tensor);
+    }
+  }
+
+  bool match(const c10::List<at::Tensor>& tensors) const {
+    if (tensors.size() != stamps.size()) {
+      return false;
+    }
+    for (size_t i = 0; i < stamps.size(); ++i) {
+      if (!stamps[i].matches(tensors.get(i))) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<Stamp> stamps;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(int8compile_native, m) {
+  m.class_<Stamps>("Stamps").def(torch::init<const c10::List<at::Tensor>&>()).def("match", &Stamps::match);
+}
