@@ -2,8 +2,9 @@
 
     model = torch.compile(model, backend="int8")
 
-needs no import of this package. What is here serves to look (``explain``, ``last_report``), to configure
-(``Int8Config``) and to tell it what it cannot see (``invalidate``). Names load when first used.
+needs no import of this package. What is here serves to quantise in place (``quantize_``), to look (``explain``,
+``last_report``), to configure (``Int8Config``) and to tell it what it cannot see (``invalidate``). Names load when
+first used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from int8compile.config import Int8Config
     from int8compile.explanation import explain
     from int8compile.graph_text import dump
+    from int8compile.inplace import dequantize_, quantize_
     from int8compile.lifetime import invalidate, restore_weights_
+    from int8compile.modules import Int8Linear
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
 
@@ -31,27 +34,33 @@ if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproje
 
 _HOME = {
     "Int8Config": "config",
+    "Int8Linear": "modules",
     "Reason": "report",
     "Report": "report",
     "Site": "report",
+    "dequantize_": "inplace",
     "dump": "graph_text",
     "explain": "explanation",
     "int8": "backend",
     "invalidate": "lifetime",
     "last_report": "session",
+    "quantize_": "inplace",
     "restore_weights_": "lifetime",
 }
 
 __all__ = [
     "Int8Config",
+    "Int8Linear",
     "Reason",
     "Report",
     "Site",
+    "dequantize_",
     "dump",
     "explain",
     "int8",
     "invalidate",
     "last_report",
+    "quantize_",
     "restore_weights_",
 ]
 

@@ -17,9 +17,9 @@ from int8compile.capture import Capture, capture
 from int8compile.config import Int8Config
 from int8compile.native import Provider
 from int8compile.passes import PIPELINE, PassContext, run
-from int8compile.passes.quantize import names
 from int8compile.passes.sites import complete_sites, weight_uses
 from int8compile.report import GraphReport, Reason, Report
+from int8compile.rules import names
 from int8compile.weights import STORE, Slot, Slots
 
 log = logging.getLogger(__name__)

@@ -52,3 +52,15 @@ class ReleasedWeightError(Int8CompileError, RuntimeError):
 
 class CaptureError(Int8CompileError, TypeError):
     """``explain`` was given something that cannot be called or compiled."""
+
+
+class ModuleError(Int8CompileError, ValueError):
+    """``quantize_`` or ``dequantize_`` was given something it cannot change in place. Nothing was changed."""
+
+
+class CheckpointError(Int8CompileError, ValueError):
+    """A checkpoint's entry that is missing, or is not what its name says."""
+
+    def __init__(self, key: str, problem: str, expected: str, file: object = None) -> None:
+        where = f"{file}: " if file is not None else ""
+        super().__init__(f"{where}{key} {problem}; expected {expected}.")

@@ -19,12 +19,14 @@ class Reason(enum.Enum):
     """Why a linear was rewritten or left in float. The value says it in words, with the way out where there is one."""
 
     REWRITTEN = "runs in int8"
+    PREQUANTIZED = "runs in int8, on int8 weights of its own (Int8Linear)"
     SKIPPED = "named by llm_int8_skip_modules"
     OUTPUT_EMBEDDING = "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too"
     TOO_SMALL = "fewer features than min_features, where int8 does not pay"
     DTYPE = "not float32, float16 or bfloat16"
     TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
     SUBCLASS = "its weight is a tensor subclass"
+    CUSTOM = "a module with a forward of its own, which may do more than a linear"
     NOT_CONSTANT = "its weight is not a parameter or buffer but is computed, or passed in, at each call"
     MUTATED = "its weight is changed inside the graph"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
@@ -54,7 +56,7 @@ class Site:
 
     @property
     def rewritten(self) -> bool:
-        return self.reason is Reason.REWRITTEN
+        return self.reason in (Reason.REWRITTEN, Reason.PREQUANTIZED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,10 @@ class GraphBreak:
 
 @dataclasses.dataclass
 class GraphReport:
-    """One compiled graph. ``unmatched``: entries of ``llm_int8_skip_modules`` that name no linear in it."""
+    """One compiled graph; with no ``compile_id``, a whole model that was converted in place.
+
+    ``unmatched``: entries of ``llm_int8_skip_modules`` that name no linear in it.
+    """
 
     compile_id: str
     provider: str
@@ -197,15 +202,15 @@ class Report:
         table.add_column("dtype", no_wrap=True)
         table.add_column("outcome", overflow="fold")
         for (path, k, n, dtype, reason, detail), count in folded(self.sites).items():
-            style = None if reason is Reason.REWRITTEN else "yellow"
-            outcome = "int8" if reason is Reason.REWRITTEN else f"float: {reason.name}{' ' + detail if detail else ''}"
+            in_int8 = reason in (Reason.REWRITTEN, Reason.PREQUANTIZED)
+            style = None if in_int8 else "yellow"
+            outcome = "int8" if in_int8 else f"float: {reason.name}{' ' + detail if detail else ''}"
             table.add_row(path, str(count), f"{k} x {n}", dtype, outcome, style=style)
         yield table
         yield self.summary()
-        yield (
-            f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.breaks)} graph breaks, "
-            f"kernels: {', '.join(self.providers) or 'none'}"
-        )
+        graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.breaks)} graph breaks, "
+        compiled = any(graph.compile_id for graph in self.graphs)
+        yield f"{graphs if compiled else ''}kernels: {', '.join(self.providers) or 'none'}"
         for graph_break in self.breaks:
             yield f"  break at {graph_break.location}: {graph_break.reason.splitlines()[0]}"
         before, after = self.weight_bytes_before, self.weight_bytes_after

@@ -35,6 +35,14 @@ class Packed(NamedTuple):
     scale: torch.Tensor
 
 
+def pack(weight: torch.Tensor, transposed: bool = False) -> Packed:
+    """The int8 form of a float weight [N, K] ([K, N] if ``transposed``), held by the caller and not by the store."""
+    member = Member(weight, transposed)
+    packed = _empty([member])
+    _quantize_into(packed, member)
+    return packed
+
+
 class Member(NamedTuple):
     """A float weight as part of a lifted input: [N, K], or [K, N] if ``transposed``."""
 

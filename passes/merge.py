@@ -9,7 +9,8 @@ w0 and w1 once. When all readers of the quantised activation merge, it needs no 
 ``int8compile.linear``. The copies make each result a tensor of its own, as the user's code expects (it may reshape
 it or write to it); inductor fuses them into what reads them.
 
-Not merged: biases that are computed only after the first of the products.
+Not merged: biases that are computed only after the first of the products; int8 weights of the user's own (an
+``Int8Linear``), because the joined one would be a second copy of them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ aten = torch.ops.aten
 
 def merge(graph: fx.Graph, context: PassContext) -> int:
     groups: dict[object, list[fx.Node]] = {}
+    lifted = {pair.weight for pair in context.capture.lifted.values()}
     for node in graph.find_nodes(op="call_function", target=scaled_mm):
-        groups.setdefault(ScaledMmCall.of(node).activation, []).append(node)
+        if ScaledMmCall.of(node).weight in lifted:
+            groups.setdefault(ScaledMmCall.of(node).activation, []).append(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     changes = 0
     for group in groups.values():

@@ -6,6 +6,7 @@
     (d) addmm(b, x, w) with w [K, N] (GPT-2's Conv1D)   -> aten.linear(x, aten.t(w), b)
     (e) einsum("...k,nk->...n", x, w) and its like      -> aten.linear(x, w or aten.t(w), None)
     (f) aten.linear, mm, addmm, matmul of an exported graph, the same way
+    (g) int8compile.linear, the user's own              -> the same, with all its arguments positional
 
 A product is a linear only if its second operand is, through transposes, a parameter or buffer: attention's ``q @ k.T``
 stays. So do addmm with alpha or beta, a bias that is not [N], and einsums that permute their result.
@@ -14,13 +15,14 @@ stays. So do addmm with alpha or beta, a bias that is not [N], and einsums that 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from int8compile.capture import is_constant
 from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.ops import linear as int8_linear
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
@@ -34,6 +36,9 @@ _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
 _T = {torch.t, aten.t.default, "t"}
 _SWAP = {torch.transpose, aten.transpose.int, "transpose", torch.swapaxes, "swapaxes"}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
+
+_INT8 = {int8_linear, torch.ops.int8compile.linear}
+_INT8_ARGUMENTS = int8_linear._schema.arguments
 
 
 class Linear(NamedTuple):
@@ -50,6 +55,12 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
     for node in list(graph.nodes):
         if node.target is LINEAR and node.op == "call_function" and not node.kwargs and len(node.args) == 3:
             continue
+        if node.op == "call_function" and node.target in _INT8:
+            if node.target is int8_linear and len(node.args) == len(_INT8_ARGUMENTS):
+                continue
+            context.replace(node, context.call(node, int8_linear, _positional(node), like=node, value=meta_value(node)))
+            changes += 1
+            continue
         linear = match_linear(node)
         if linear is None:
             continue
@@ -62,6 +73,12 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
     if changes:
         _erase_dead_transposes(graph)
     return changes
+
+
+def _positional(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a call of ``int8compile.linear``, however they were written."""
+    rest = _INT8_ARGUMENTS[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
 
 
 def match_linear(node: fx.Node) -> Linear | None:

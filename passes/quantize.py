@@ -3,35 +3,32 @@
     aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, policy)
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case
 
-``w_int8`` and ``w_scale`` are lifted inputs. What stays float keeps its node, and its Site says for which Reason.
+``w_int8`` and ``w_scale`` are lifted inputs. What stays float keeps its node, and its Site says for which Reason. So
+does a call of ``int8compile.linear`` that was in the user's graph: an ``Int8Linear``, which holds int8 weights itself.
 """
 
 from __future__ import annotations
 
-import fnmatch
-
 import torch
 from torch import fx
 
+from int8compile import rules
 from int8compile.capture import is_constant, site_path
-from int8compile.config import Int8Config
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
-from int8compile.ops._library import FLOAT_DTYPES, MAX_IN_FEATURES
+from int8compile.passes.calls import LinearCall
 from int8compile.passes.context import PassContext
 from int8compile.passes.effects import regions, storage_of, written_storages
 from int8compile.passes.normalize import LINEAR, resolve_transposes
 from int8compile.report import Reason, Site
 
-#: names of output embeddings in transformers' models; weights tied to an embedding are found by sharing
-OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
-
 _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
-_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
     facts = _Facts(graph, context)
+    for node in graph.find_nodes(op="call_function", target=int8_linear):
+        context.sites[node] = prequantized_site(node)
     changes = 0
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         site = context.sites[node] = facts.decide(node)
@@ -87,30 +84,26 @@ class _Facts:
             return Reason.NOT_CONSTANT, ""
         weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
         example = self.context.capture.examples.get(root)
-        if isinstance(example, torch.Tensor) and type(example) not in _PLAIN and not _is_fake(example):
+        if isinstance(example, torch.Tensor) and type(example) not in rules.PLAIN_TENSORS and not _is_fake(example):
             return Reason.SUBCLASS, type(example).__name__
-        if weight is None or weight.dim() != 2 or k > MAX_IN_FEATURES:
-            return Reason.SHAPE, f"{list(weight.shape) if weight is not None else ''}"
-        for tensor in (weight, activation, out):
-            if tensor is None or tensor.dtype not in FLOAT_DTYPES:
-                return Reason.DTYPE, "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        if self.config.skip_output_embeddings and self._is_output_embedding(root, path):
-            return Reason.OUTPUT_EMBEDDING, ""
-        pattern = skipped_by(path, self.config)
-        if pattern is not None:
-            return Reason.SKIPPED, pattern
-        if storage_of(root) in self.written:
-            return Reason.MUTATED, ""
-        if min(k, n) < self.config.min_features:
-            return Reason.TOO_SMALL, f"min_features={self.config.min_features}"
+        if weight is None:
+            return Reason.SHAPE, ""
+        if activation is None or out is None:
+            return Reason.DTYPE, ""
+        shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
-        if trainable and self.regions[node][1]:
-            return Reason.TRAINABLE, ""
-        return Reason.REWRITTEN, ""
+        return (
+            rules.shape_refusal(tuple(weight.shape), k)
+            or next(filter(None, (rules.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
+            or rules.name_refusal(path, shared, self.config)
+            or ((Reason.MUTATED, "") if storage_of(root) in self.written else None)
+            or rules.size_refusal(k, n, self.config)
+            or ((Reason.TRAINABLE, "") if trainable and self.regions[node][1] else None)
+            or (Reason.REWRITTEN, "")
+        )
 
-    def _is_output_embedding(self, weight: fx.Node, path: str) -> bool:
-        shared = storage_of(weight) in self.embeddings or self._real_storage(weight) in self.embeddings
-        return shared or path.rsplit(".", 1)[-1] in OUTPUT_EMBEDDINGS
+    def _shares_an_embedding(self, weight: fx.Node) -> bool:
+        return storage_of(weight) in self.embeddings or self._real_storage(weight) in self.embeddings
 
     def _real_storage(self, node: fx.Node) -> int | None:
         """Two Parameters can share storage without being one graph input."""
@@ -124,13 +117,10 @@ def _is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
-def skipped_by(path: str, config: Int8Config) -> str | None:
-    """The pattern of ``llm_int8_skip_modules`` that names this module or one above it, or None."""
-    return next((pattern for pattern in config.llm_int8_skip_modules if names(pattern, path)), None)
-
-
-def names(pattern: str, path: str) -> bool:
-    """Whether a pattern (a path, a dotted suffix of one, or a shell pattern) names a module or one above it."""
-    parts = path.split(".")
-    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(a == pattern or a.endswith(f".{pattern}") or fnmatch.fnmatchcase(a, pattern) for a in above)
+def prequantized_site(node: fx.Node) -> Site:
+    """The site of an ``int8compile.linear`` that the user's model calls itself."""
+    call, out = LinearCall.of(node), meta_tensor(node)
+    weight = meta_tensor(call.weight)
+    n, k = weight.shape if weight is not None else (0, 0)
+    dtype = str(out.dtype).removeprefix("torch.") if out is not None else "?"
+    return Site(site_path(node, call.weight), int(k), int(n), dtype, Reason.PREQUANTIZED)

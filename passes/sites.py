@@ -9,8 +9,10 @@ from torch import fx
 
 from int8compile.capture import Capture, is_constant, site_path
 from int8compile.graph_text import meta_tensor
+from int8compile.ops import linear as int8_linear
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import match_linear
+from int8compile.passes.quantize import prequantized_site
 from int8compile.report import Reason, Site, WeightUse
 
 # Calls that Dynamo puts into the graph whole, with the weights of several linears as arguments.
@@ -33,6 +35,8 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))
+        elif node.op == "call_function" and node.target is int8_linear:
+            sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in _FUSED:
             sites += _fused_sites(node, context)
     return sites

@@ -1,7 +1,7 @@
 """verify: the rewritten graph obeys our rules. A breach is our bug and raises VerifyError with the graph's text.
 
-The rules: every int8 call agrees with its operator's fake in shape and dtype; int8 weights and scales are lifted inputs
-with the right dtypes; no float weight is left that only a rewritten site used; no lifted input is unused; nothing we
+The rules: every int8 call agrees with its operator's fake in shape and dtype; lifted int8 weights are read with their
+own scales; no float weight is left that only a rewritten site used; no lifted input is unused; nothing we
 inserted is dead.
 """
 
@@ -46,8 +46,10 @@ def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
     if node.target is quantize_rowwise:
         return
     call = LinearCall.of(node) if node.target is linear else ScaledMmCall.of(node)
-    if not any(
-        lifted.weight is call.weight and lifted.scale is call.scale for lifted in context.capture.lifted.values()
+    pairs = {lifted.weight: lifted.scale for lifted in context.capture.lifted.values()}
+    # A call of the user's own reads neither half of a lifted pair.
+    if pairs.get(call.weight, call.scale) is not call.scale or (
+        call.weight not in pairs and call.scale in pairs.values()
     ):
         _fail(graph, f"{node.name} reads a weight and scale that are not a lifted pair")
     out = meta_tensor(node)
