@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import platform
 import pydoc_data.topics
 import statistics
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import rich.progress
 import torch
+import typer
+from rich.console import Console
 
 # Features of x86 and Arm CPUs that decide which int8 instructions there are.
 _FLAGS = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -83,6 +89,58 @@ def machine_line(info: dict[str, Any]) -> str:
     """``machine()`` for people."""
     flags = " ".join(info["cpu_flags"]) or "no int8 or bf16 instructions known"
     return f"{info['device']} ({info['isa']}: {flags}), {info['threads']} threads, torch {info['torch']}"
+
+
+def providers(device: str) -> list[str]:
+    """Which of our kernels serve a device, such as ``native avx2 (cpu)``; loads them."""
+    import int8compile
+
+    linear = torch.nn.Linear(128, 128, bias=False).to(device)
+    return int8compile.explain(linear, torch.empty(1, 128, device=device)).providers
+
+
+def last_level_cache_bytes() -> int:
+    """Bytes of the CPU's largest cache as Linux tells; 32 MB where it does not."""
+    sizes = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=32 * 2**20)
+
+
+def _bytes(text: str) -> int:
+    """Of ``32768K``."""
+    text = text.strip()
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+    return int(text.rstrip("KMG")) * unit
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers above 0 in a comma-separated option, in order, each once.
+
+    Raises:
+        typer.BadParameter: it holds anything else.
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise typer.BadParameter(f"{text!r}; expected whole numbers above 0, comma-separated", param_hint=option)
+    return found
+
+
+def progress() -> rich.progress.Progress:
+    """A progress bar on stderr, so that results on stdout can be piped."""
+    return rich.progress.Progress(console=Console(stderr=True), transient=True)
+
+
+def write_json(output: dict[str, Any], file: str | None) -> None:
+    """Write results as JSON: to a file, to stdout (``-``), or nowhere (None)."""
+    if file is None:
+        return
+    text = json.dumps(output, indent=1) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+    else:
+        Path(file).write_text(text)
 
 
 def cpu_name() -> str:

@@ -1,7 +1,7 @@
 """From which size on a linear is not slower in int8: where the default of ``Int8Config.min_features`` comes from.
 
     python -m benchmarks.min_features
-    python -m benchmarks.min_features --sizes 64,128 --rows 1 --rounds 50 --json
+    python -m benchmarks.min_features --sizes 64,128 --rows 1 --rounds 50 --json FILE
 
 Times ``F.linear`` against ``torch.ops.int8compile.linear`` (activation quantised, int8 product, outlier product, all in
 one) for square weights, in turns. Four columns of the activation are outliers. A ratio above 1: int8 is faster.
@@ -9,21 +9,17 @@ one) for square weights, in turns. Four columns of the activation are outliers. 
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import rich.box
-import rich.progress
 import rich.table
 import torch
 import typer
 from rich.console import Console
 from torch.nn import functional
 
-import int8compile
 from benchmarks import common
 from benchmarks.common import Timing
 from int8compile import ops
@@ -40,16 +36,15 @@ def main(
     rows: Annotated[str, typer.Option(help="M, comma-separated")] = ",".join(map(str, ROWS)),
     rounds: Annotated[int, typer.Option(help="samples of each", min=1)] = 25,
     device: Annotated[str | None, typer.Option(help="default: cuda if there is one, or cpu")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="results as JSON on stdout")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", help="results as JSON in this file; - is stdout")] = None,
 ) -> None:
     """Time float and int8 linears of many sizes in turns."""
     device = device or common.default_device()
     dtypes = [torch.float32, torch.bfloat16] if device != "cpu" or common.has_bf16() else [torch.float32]
-    # Says which kernels serve this device, and loads them.
-    providers = int8compile.explain(torch.nn.Linear(8, 8).to(device), torch.empty(1, 8, device=device)).providers
-    shapes = [(m, size) for size in _numbers("--sizes", sizes) for m in _numbers("--rows", rows)]
+    providers = common.providers(device)
+    shapes = [(m, size) for size in common.numbers("--sizes", sizes) for m in common.numbers("--rows", rows)]
     results = []
-    with torch.inference_mode(), rich.progress.Progress(console=Console(stderr=True), transient=True) as progress:
+    with torch.inference_mode(), common.progress() as progress:
         for m, size in progress.track(shapes, description="measure"):
             for dtype in dtypes:
                 results.append(_measure(m, size, dtype, device, rounds))
@@ -61,21 +56,8 @@ def main(
         "results": results,
         "not_slower_from": _not_slower_from(results),
     }
-    if as_json:
-        json.dump(output, sys.stdout, indent=2)
-        print()
-    else:
-        _print(output)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        raise typer.BadParameter(f"{text!r}; expected whole numbers above 0, comma-separated", param_hint=option)
-    return numbers
+    _print(output, Console(highlight=False, stderr=json_file == "-"))
+    common.write_json(output, json_file)
 
 
 def _measure(m: int, size: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
@@ -133,8 +115,7 @@ def _threshold(results: list[dict[str, Any]]) -> int | None:
     return min((r["size"] for r in results if r["size"] > max(slower, default=0)), default=None)
 
 
-def _print(output: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+def _print(output: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{common.machine_line(output['machine'])}[/]")
     console.print(
         f"int8 kernels: {', '.join(output['providers'])}; {OUTLIER_COLUMNS} outlier columns, {output['rounds']} rounds"
