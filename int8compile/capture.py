@@ -154,4 +154,4 @@ def site_path(node: fx.Node, weight: fx.Node | None) -> str:
         return name.removesuffix(".weight") or node.name
     # A tied weight bears the name of the module that Dynamo met first, so only names below the path refine it.
     refines = name.startswith(f"{path}.") and name != f"{path}.weight"
-    return name if refines else path
+    return name.removesuffix(".weight") if refines else path

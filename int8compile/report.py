@@ -31,7 +31,7 @@ class Reason(enum.Enum):
     MUTATED = "its weight is changed inside the graph"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
     NESTED = "inside a higher-order operator (such as activation checkpointing)"
-    FUSED = "inside a fused attention call of PyTorch (nn.MultiheadAttention, nn.TransformerEncoderLayer)"
+    FUSED = "read by one of PyTorch's fused attention calls, which was not taken apart"
     DISABLED = "the pass that rewrites it is in disable_passes"
 
 

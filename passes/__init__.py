@@ -1,5 +1,6 @@
 """The rewrites, in the order they run. Each is a function ``(graph, context) -> number of changes``.
 
+``expand``     PyTorch's fused attention calls become the operations they stand for
 ``normalize``  every form of a linear becomes one canonical node
 ``quantize``   each eligible linear becomes ``int8compile.linear``, each other gets a Reason
 ``share``      an activation that feeds several linears is quantised once
@@ -10,6 +11,7 @@ A pass only rewrites: removing what became dead, linting, timing and logging are
 """
 
 from int8compile.passes.context import PassContext
+from int8compile.passes.expand import expand
 from int8compile.passes.merge import merge
 from int8compile.passes.normalize import normalize
 from int8compile.passes.quantize import quantize
@@ -17,6 +19,6 @@ from int8compile.passes.runner import run
 from int8compile.passes.share import share
 from int8compile.passes.verify import verify
 
-PIPELINE = (normalize, quantize, share, merge, verify)
+PIPELINE = (expand, normalize, quantize, share, merge, verify)
 
-__all__ = ["PIPELINE", "PassContext", "merge", "normalize", "quantize", "run", "share", "verify"]
+__all__ = ["PIPELINE", "PassContext", "expand", "merge", "normalize", "quantize", "run", "share", "verify"]

@@ -32,12 +32,18 @@ class PassContext:
     sites: dict[fx.Node, Site] = dataclasses.field(default_factory=dict)
 
     def call(
-        self, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, value: Any = None
+        self,
+        before: fx.Node,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        like: fx.Node,
+        value: Any = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> fx.Node:
         """Insert a call before a node, with the provenance of ``like`` and a fake value (computed if not given)."""
         graph = self.capture.graph
         with graph.inserting_before(before):
-            node = graph.call_function(target, args)
+            node = graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         if value is None:
             values = argument_values(args)

@@ -11,16 +11,10 @@ from int8compile.capture import Capture, is_constant, site_path
 from int8compile.graph_text import meta_tensor
 from int8compile.ops import linear as int8_linear
 from int8compile.passes.context import PassContext
+from int8compile.passes.expand import FUSED
 from int8compile.passes.normalize import match_linear
 from int8compile.passes.quantize import prequantized_site
 from int8compile.report import Reason, Site, WeightUse
-
-# Calls that Dynamo puts into the graph whole, with the weights of several linears as arguments.
-_FUSED = {
-    torch.nn.functional.multi_head_attention_forward,
-    torch._native_multi_head_attention,
-    torch._transformer_encoder_layer_fwd,
-}
 
 
 def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
@@ -37,7 +31,7 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites.append(_site(node))
         elif node.op == "call_function" and node.target is int8_linear:
             sites.append(prequantized_site(node))
-        elif node.op == "call_function" and node.target in _FUSED:
+        elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)
     return sites
 
