@@ -5,7 +5,10 @@
 // the 16 registers: 6 rows by 2 columns, or fewer rows by up to 4 columns. Partial sums run along K and are added up
 // at the end of the block.
 
-#if defined(__x86_64__)
+#include "kernels.h"
+#include "target.h"
+
+#if INT8COMPILE_X86
 
 #include <immintrin.h>
 
@@ -13,14 +16,7 @@
 #include <cstring>
 #include <limits>
 
-#include "kernels.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+INT8COMPILE_TARGET("avx2,fma,f16c")
 
 #include "finish.h"
 #include "quantize.h"
@@ -50,9 +46,6 @@ inline void add_products(__m256i& acc, __m256i a, __m256i b) {
   __m256i products;
   __asm__("vpmaddwd %2, %3, %0\n\tvpaddd %0, %1, %1" : "=&x"(products), "+x"(acc) : "x"(a), "x"(b));
 }
-
-// Every loop over accumulators carries it: unrolled early enough, the array lives in registers.
-#define INT8COMPILE_UNROLL _Pragma("GCC unroll 8")
 
 struct Avx2Micro {
   static constexpr int64_t max_rows = 6;
@@ -153,11 +146,7 @@ constexpr Kernels kAvx2 = {
 
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+INT8COMPILE_TARGET_END
 
 const Kernels* avx2_kernels() {
   return &kAvx2;
@@ -166,8 +155,6 @@ const Kernels* avx2_kernels() {
 }  // namespace int8compile
 
 #else
-
-#include "kernels.h"
 
 const int8compile::Kernels* int8compile::avx2_kernels() {
   return nullptr;

@@ -1,4 +1,5 @@
-// CPUID for the instructions, XGETBV for the registers the operating system saves. (Running an instruction to see
+// CPUID for the instructions, XGETBV for the registers the operating system saves; tiles, which are large, Linux saves
+// for processes that have asked it to. (Running an instruction to see
 // whether it raises, or asking a library that can be told to pretend, gives wrong answers.)
 
 #include "cpu_features.h"
@@ -8,6 +9,11 @@
 #include <cpuid.h>
 
 #include <cstdint>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -27,17 +33,28 @@ uint64_t saved_registers() {
   return uint64_t(high) << 32 | low;
 }
 
+// Asks for tiles, for all threads of the process; false where the kernel is too old or refuses.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 int8compile::CpuFeatures detect() {
   const auto bit = [](uint32_t word, int at) { return (word >> at & 1) != 0; };
-  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0);
+  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = extended.a >= 1 ? cpuid(7, 1) : Registers();
   const bool osxsave = bit(basic.c, 27);
   const uint64_t saved = osxsave ? saved_registers() : 0;
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
   int8compile::CpuFeatures found;
   found.avx2 = ymm && bit(basic.c, 12) && bit(basic.c, 28) && bit(basic.c, 29) && bit(extended.b, 5);
+  found.avxvnni = found.avx2 && bit(more.a, 4);
   found.avx512vnni =
       found.avx2 && zmm && bit(extended.b, 16) && bit(extended.b, 30) && bit(extended.b, 31) && bit(extended.c, 11);
-  found.amx_int8 = tiles && bit(extended.d, 24) && bit(extended.d, 25);
+  found.amx_int8 = found.avx512vnni && tiles && bit(extended.d, 24) && bit(extended.d, 25) && may_use_tiles();
   return found;
 }
 

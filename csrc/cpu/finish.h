@@ -1,10 +1,10 @@
-// The epilogue: int32 sums to output, with the outlier product, in terms of a vector of eight floats.
+// The epilogue: int32 sums to output, with the outlier product, in terms of a vector of eight or sixteen floats.
 //
 // In the reference's order, so that without outlier columns the output has the reference's bits:
 //   ((row_scale * sum + residual product) * weight_scale + bias), one rounding.
 // The tile is done in strips of 16 columns. A strip first gathers its weights in the outlier columns, as floats; then
-// four rows at a time stay in registers from the sums to the output. The outlier product adds its terms in the order
-// of the columns, whatever the tiling, so the result does not depend on the number of threads.
+// eight registers' worth of rows at a time stay in registers from the sums to the output. The outlier product adds its
+// terms in the order of the columns, whatever the tiling, so the result does not depend on the number of threads.
 
 #pragma once
 
@@ -19,6 +19,7 @@ namespace {
 template <class Vec>
 struct Strip {
   static constexpr int vecs = kStrip / Vec::width;
+  static constexpr int rows = 8 / vecs;  // at a time: as many chains of additions as keep two units busy
   int64_t at, cols;  // the first column in the tile, and how many there are
   Vec weight_scale[vecs], bias[vecs];
 };
@@ -110,8 +111,8 @@ inline void finish_as(const Tile& tile) {
     }
     gather_weights(tile, strip);
     int64_t row = 0;
-    for (; row + 4 <= tile.rows; row += 4) {
-      finish_rows<Vec, Out, 4>(tile, strip, row);
+    for (; row + strip.rows <= tile.rows; row += strip.rows) {
+      finish_rows<Vec, Out, Strip<Vec>::rows>(tile, strip, row);
     }
     for (; row < tile.rows; ++row) {
       finish_rows<Vec, Out, 1>(tile, strip, row);

@@ -1,6 +1,6 @@
 // What a CPU provider of the int8 operators is made of, and the table it is chosen from.
 //
-// An instruction set supplies one `Kernels`: four functions over plain pointers, each for one thread and one tile.
+// An instruction set supplies one `Kernels`: functions over plain pointers, each for one thread and one tile.
 // Everything above them (shapes, threads, blocking over M and N, scratch memory) is common and lives in product.cpp;
 // everything below them may use that instruction set's intrinsics and no torch header. So an ISA's file compiles fast,
 // and no inline function of torch or of the standard library is ever compiled for a CPU that may not be there.
@@ -72,6 +72,29 @@ constexpr int64_t kTileCols = 96;
 // Columns that `finish` takes at once; kTileCols is a multiple.
 constexpr int64_t kStrip = 16;
 
+// Rows that are packed together; parts of a product begin at multiples.
+constexpr int64_t kPackRows = 16;
+
+// For providers that multiply codes in another layout than row-major: each call arranges its codes once, in scratch
+// memory, and multiplies those.
+struct Packing {
+  // Whether a call of that many rows packs its codes. If not, Kernels::multiply does it.
+  bool (*pays)(int64_t rows, int64_t k);
+
+  // Bytes a packed row takes; kPackRows of them lie together, at a multiple of 64 bytes.
+  int64_t (*row_bytes)(int64_t k);
+
+  // kPackRows rows of codes, or the last few of a call.
+  void (*pack)(Codes a, int64_t rows, int64_t k, int8_t* packed);
+
+  // As Kernels::multiply, `a` being packed, its stride row_bytes(k), its first row a multiple of kPackRows.
+  void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums);
+
+  // A thread calls begin() before it multiplies and end() after: state of the CPU that other code must not find.
+  void (*begin)();
+  void (*end)();
+};
+
 struct Kernels {
   const char* name;
 
@@ -89,14 +112,19 @@ struct Kernels {
 
   // Scales, the outlier product, bias and the one rounding to the output's dtype.
   void (*finish)(const Tile& tile);
+
+  const Packing* packing = nullptr;
 };
 
 // The provider in use: the best this CPU runs, or what set_isa() asked for.
 const Kernels& kernels();
 
-// One function a file. Those for another architecture than the one compiled for return null.
+// One function a file. Those for another architecture than the one compiled for, and those that the compiler is too old
+// for, return null.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* amx_kernels();
 
 }  // namespace int8compile

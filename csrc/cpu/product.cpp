@@ -4,8 +4,8 @@
 // by all. Rows are split only where there are fewer strips of columns than threads. No number depends on the split:
 // the sums are exact integers and the epilogue works on one output element at a time.
 //
-// Scratch memory is the codes (a byte an element of x), the residuals in outlier columns, and, a thread, a tile of
-// sums and the gathered weights of one strip.
+// Scratch memory is the codes (a byte an element of x, two where the provider packs them), the residuals in outlier
+// columns, and, a thread, a tile of sums and the gathered weights of one strip.
 
 #include "product.h"
 
@@ -19,6 +19,7 @@ namespace int8compile {
 namespace {
 
 constexpr int64_t kQuantizeGrain = 32768;  // elements worth a thread
+constexpr int64_t kPackGrain = 131072;  // codes worth a thread
 constexpr int64_t kProductGrain = 131072;  // multiplications worth a thread
 
 template <class T>
@@ -69,6 +70,31 @@ int64_t list_columns(const uint8_t* flags, int64_t k, int32_t* columns) {
   return count;
 }
 
+// The left operand of a product: row-major codes, or those that a provider has packed.
+struct Operand {
+  const Kernels* use;
+  const Packing* packing;  // or null
+  Codes codes;
+
+  void multiply(int64_t row, Codes weight, int64_t rows, int64_t cols, int64_t k, int32_t* sums) const {
+    const Codes left = {codes.data + row * codes.stride, codes.stride};
+    (packing == nullptr ? use->multiply : packing->multiply)(left, weight, rows, cols, k, sums);
+  }
+};
+
+const Packing* packing_of(const Kernels& use, const Activation& x) {
+  return use.packing != nullptr && use.packing->pays(x.rows, x.k) ? use.packing : nullptr;
+}
+
+void pack(const Packing& packing, const Activation& x, const int8_t* codes, int64_t row_bytes, int8_t* packed) {
+  const int64_t grain = divide_up(kPackGrain, kPackRows * x.k);
+  at::parallel_for(0, divide_up(x.rows, kPackRows), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kPackRows; row < std::min(x.rows, end * kPackRows); row += kPackRows) {
+      packing.pack({codes + row * x.k, x.k}, std::min(kPackRows, x.rows - row), x.k, packed + row * row_bytes);
+    }
+  });
+}
+
 void fill_residual(
     const Activation& x, const int8_t* codes, const float* row_scale, float from, int64_t count, const int32_t* columns,
     float* residual) {
@@ -102,11 +128,33 @@ Range part(int64_t size, int64_t unit, int64_t parts, int64_t index) {
   };
 }
 
+// The thread's CPU as the provider wants it, for a scope.
+class Prepared {
+ public:
+  explicit Prepared(const Packing* packing) : packing_(packing) {
+    if (packing_ != nullptr) {
+      packing_->begin();
+    }
+  }
+
+  ~Prepared() {
+    if (packing_ != nullptr) {
+      packing_->end();
+    }
+  }
+
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+ private:
+  const Packing* packing_;
+};
+
 void multiply_part(
-    Range rows, Range cols, int64_t k, const int8_t* codes, const float* row_scale, const Outliers& outliers,
+    Range rows, Range cols, int64_t k, const Operand& left, const float* row_scale, const Outliers& outliers,
     const Product& p) {
-  static thread_local int32_t sums[kTileRows * kTileCols];
-  const Kernels& use = kernels();
+  alignas(64) static thread_local int32_t sums[kTileRows * kTileCols];
+  const Prepared prepared(left.packing);
   Scratch<float> gathered(outliers.count * kStrip);
   const int64_t col_step = tile_cols(rows.end - rows.begin, k);
   for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
@@ -126,8 +174,8 @@ void multiply_part(
       tile.out = const_cast<char*>(element(p.out, p.out_type, row * p.cols + col));
       tile.out_stride = p.cols;
       tile.out_type = p.out_type;
-      use.multiply({codes + row * k, k}, tile.weight, tile.rows, tile.cols, k, sums);
-      use.finish(tile);
+      left.multiply(row, tile.weight, tile.rows, tile.cols, k, sums);
+      left.use->finish(tile);
     }
   }
 }
@@ -163,15 +211,23 @@ void scaled_product(
     fill_residual(x, codes, row_scale, residual_from, outliers.count, columns.data(), residual.data());
     outliers.residual = residual.data();
   }
+  const Kernels& use = kernels();
+  Operand left = {&use, packing_of(use, x), {codes, x.k}};
+  const int64_t row_bytes = left.packing == nullptr ? 0 : left.packing->row_bytes(x.k);
+  Scratch<int8_t> packed(divide_up(x.rows, kPackRows) * kPackRows * row_bytes);
+  if (left.packing != nullptr) {
+    pack(*left.packing, x, codes, row_bytes, packed.data());
+    left.codes = {packed.data(), row_bytes};
+  }
   const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
   const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, at::get_num_threads());
   const int64_t col_parts = std::min(parts, divide_up(product.cols, kStrip));
   const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
   at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Range rows = part(x.rows, 1, row_parts, i / col_parts);
+      const Range rows = part(x.rows, left.packing == nullptr ? 1 : kPackRows, row_parts, i / col_parts);
       const Range cols = part(product.cols, kStrip, col_parts, i % col_parts);
-      multiply_part(rows, cols, x.k, codes, row_scale, outliers, product);
+      multiply_part(rows, cols, x.k, left, row_scale, outliers, product);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Rowwise quantisation and the residual it leaves, for one row, in terms of a vector of eight floats.
+// Rowwise quantisation and the residual it leaves, for one row, in terms of a vector of eight or sixteen floats.
 //
 // Bit for bit the reference: ops/quantize_rowwise.py and row_codes in ops/quantize_weight.py. The row is read twice,
 // the second time from L1 or L2. Magnitudes are compared as integers, which orders floats the same and puts NaN on top,
