@@ -108,6 +108,18 @@ def _load(name: str) -> None:
     _loaded.add(name)
     if name == "cpu":
         torch.ops.int8compile_native.set_isa(cpu_isa())
+        _warn_of_rejected()
+
+
+def _warn_of_rejected() -> None:
+    """Kernels that this CPU could run but that fail their self-check are left out, at a cost in speed."""
+    rejected = torch.ops.int8compile_native.rejected()
+    if rejected:
+        chosen = torch.ops.int8compile_native.isa()
+        _warn_once(
+            f"int8: the CPU kernels for {', '.join(rejected.split())} compute wrong numbers on this machine and are "
+            f"not used; {chosen} ones are, which are slower. Please report it, with the output of `int8compile doctor`."
+        )
 
 
 def build(name: str) -> Path:

@@ -25,7 +25,7 @@ def isas() -> list[str]:
     return torch.ops.int8compile_native.isas().split()
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512vnni"])
+@pytest.fixture(params=["portable", "avx2", "avxvnni", "avx512vnni", "amx"])
 def isa(request):
     """Each instruction set in turn; skipped where the CPU has it not."""
     if request.param not in isas():
@@ -127,6 +127,11 @@ class Case:
         info = torch.finfo(got.dtype)
         bound = want.double().abs() * info.eps * 1.01 + size * 2e-6 + info.tiny * 2e-3
         assert not (((got.double() - want.double()).abs() > bound) & want.isfinite()).any()
+
+
+def test_no_instruction_set_is_rejected():
+    assert isas()[-1] == "portable"
+    assert torch.ops.int8compile_native.rejected() == ""
 
 
 @pytest.mark.parametrize("seed", range(8))

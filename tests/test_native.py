@@ -88,6 +88,18 @@ def test_compiler_errors_come_with_their_lines(cache, monkeypatch, tmp_path):
     assert not list(cache.glob("building-*"))
 
 
+def test_rejected_kernels_are_warned_about_once(monkeypatch, caplog):
+    native.load("cpu")
+    native._warn_once.cache_clear()
+    native._warn_of_rejected()
+    assert not caplog.records
+    monkeypatch.setattr(torch.ops.int8compile_native, "rejected", lambda: "amx avx512vnni")
+    for _ in range(2):
+        native._warn_of_rejected()
+    (record,) = [r for r in caplog.records if r.name == "int8compile.native"]
+    assert "kernels for amx, avx512vnni compute wrong numbers on this machine" in record.message
+
+
 def test_devices_without_native_kernels():
     meta = [torch.empty(1, device="meta")]
     assert native.choose_provider("auto", meta).name == "reference (meta)"

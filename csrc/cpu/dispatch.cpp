@@ -1,7 +1,7 @@
-// Chooses a provider: the first of the table, best first, that this CPU runs and that has been proven.
+// The provider in use: the best of providers.cpp, or the one that set_isa() asked for.
 //
 // Tests restrict the choice with int8compile_native::set_isa(name); "auto" goes back. The Python side reads any
-// environment variable, once; nothing here does. AMX goes at the top of the table.
+// environment variable, once; nothing here does.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -9,43 +9,14 @@
 #include <atomic>
 #include <string>
 
-#include "cpu_features.h"
 #include "kernels.h"
+#include "providers.h"
 
 namespace int8compile {
 namespace {
 
-struct Provider {
-  const char* name;
-  const Kernels* kernels;  // null: not for this architecture
-  bool runs;
-  bool proven;  // run on such a CPU and found right; others are taken only when asked for by name
-};
-
-const Provider* providers() {
-  static const Provider table[] = {
-      {"avx512vnni", avx512vnni_kernels(), cpu_features().avx512vnni, false},
-      {"avx2", avx2_kernels(), cpu_features().avx2, true},
-      {"portable", portable_kernels(), true, true},
-      {nullptr, nullptr, false, false},
-  };
-  return table;
-}
-
-bool usable(const Provider& provider) {
-  return provider.kernels != nullptr && provider.runs;
-}
-
-const Kernels* best() {
-  const Provider* provider = providers();
-  while (!usable(*provider) || !provider->proven) {
-    ++provider;  // ends at portable
-  }
-  return provider->kernels;
-}
-
 std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{best()};
+  static std::atomic<const Kernels*> kernels{providers().best()};
   return kernels;
 }
 
@@ -54,27 +25,19 @@ std::string isa() {
 }
 
 std::string isas() {
-  std::string names;
-  for (const Provider* provider = providers(); provider->name != nullptr; ++provider) {
-    if (usable(*provider)) {
-      names += (names.empty() ? "" : " ") + std::string(provider->name);
-    }
-  }
-  return names;
+  return providers().names();
+}
+
+std::string rejected() {
+  return providers().rejected();
 }
 
 void set_isa(const std::string name) {
-  if (name == "auto") {
-    chosen() = best();
-    return;
-  }
-  for (const Provider* provider = providers(); provider->name != nullptr; ++provider) {
-    if (name == provider->name && usable(*provider)) {
-      chosen() = provider->kernels;
-      return;
-    }
-  }
-  TORCH_CHECK_VALUE(false, "int8compile_native::set_isa: name is '", name, "'; this CPU has: auto ", isas());
+  const Kernels* asked = name == "auto" ? providers().best() : providers().named(name);
+  TORCH_CHECK_VALUE(
+      asked != nullptr, "int8compile_native::set_isa: name is '", name, "'; this CPU has: auto ", isas(),
+      rejected().empty() ? "" : "; rejected, since they compute wrong numbers here: ", rejected());
+  chosen() = asked;
 }
 
 }  // namespace
@@ -89,4 +52,5 @@ TORCH_LIBRARY_FRAGMENT(int8compile_native, m) {
   m.def("set_isa(str name) -> ()", &int8compile::set_isa);
   m.def("isa() -> str", &int8compile::isa);
   m.def("isas() -> str", &int8compile::isas);
+  m.def("rejected() -> str", &int8compile::rejected);
 }

@@ -1,0 +1,146 @@
+// Each function of a provider against the portable one's, to the bit. (The outlier product, which may be rounded in
+// another way, is left out.)
+//
+// CPUID has said that the instructions are there. What is guarded against is a provider that was built by a compiler
+// it has never been built by, or that runs on a CPU, or under an emulator, that it has never run on.
+
+#include "selfcheck.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace int8compile {
+namespace {
+
+class Random {
+ public:
+  uint32_t next() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 33);
+  }
+
+  std::vector<int8_t> codes(int64_t count) {
+    std::vector<int8_t> made(count);
+    for (int8_t& code : made) {
+      code = int8_t(next());
+    }
+    return made;
+  }
+
+  // About 1/8 to 32 of either sign, in three dtypes.
+  void floats(int64_t count, std::vector<uint32_t>& f32, std::vector<uint16_t>& bf16, std::vector<uint16_t>& f16) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t sign = next() & 1, power = next() % 8, fraction = next();
+      f32.push_back(sign << 31 | (124 + power) << 23 | (fraction & 0x7fffff));
+      bf16.push_back(uint16_t(f32.back() >> 16));
+      f16.push_back(uint16_t(sign << 15 | (12 + power) << 10 | (fraction & 0x3ff)));
+    }
+  }
+
+ private:
+  uint64_t state_ = 1;
+};
+
+std::vector<int32_t> product(
+    const Kernels& use, const std::vector<int8_t>& a, const std::vector<int8_t>& b, int64_t rows, int64_t cols,
+    int64_t k) {
+  std::vector<int32_t> sums(rows * kTileCols);
+  const Packing* packing = use.packing;
+  if (packing == nullptr || !packing->pays(rows, k)) {
+    use.multiply({a.data(), k}, {b.data(), k}, rows, cols, k, sums.data());
+  } else {
+    const int64_t bytes = packing->row_bytes(k), padded = (rows + kPackRows - 1) / kPackRows * kPackRows;
+    std::vector<int8_t> memory(padded * bytes + 64);
+    int8_t* packed = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+    for (int64_t row = 0; row < rows; row += kPackRows) {
+      packing->pack({a.data() + row * k, k}, std::min(kPackRows, rows - row), k, packed + row * bytes);
+    }
+    packing->begin();
+    packing->multiply({packed, bytes}, {b.data(), k}, rows, cols, k, sums.data());
+    packing->end();
+  }
+  for (int64_t row = 0; row < rows; ++row) {  // what lies behind the columns is nobody's
+    std::fill(sums.begin() + row * kTileCols + cols, sums.begin() + (row + 1) * kTileCols, 0);
+  }
+  return sums;
+}
+
+bool same_products(const Kernels& use) {
+  constexpr struct {
+    int64_t rows, cols, k;
+  } shapes[] = {{1, 21, 333}, {4, 9, 64}, {7, 40, 130}, {16, 96, 64}, {21, 51, 769}, {50, 17, 1500}, {6, 3, 5}};
+  Random random;
+  for (const auto& shape : shapes) {
+    const std::vector<int8_t> a = random.codes(shape.rows * shape.k), b = random.codes(shape.cols * shape.k);
+    if (product(use, a, b, shape.rows, shape.cols, shape.k) !=
+        product(*portable_kernels(), a, b, shape.rows, shape.cols, shape.k)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+struct Quantized {
+  float scale;
+  std::vector<int8_t> codes;
+  std::vector<uint8_t> outliers;
+  std::vector<float> residual;
+
+  Quantized(const Kernels& use, const void* x, Float type, int64_t k) : codes(k), outliers(k), residual(k) {
+    scale = use.quantize_row(x, type, k, 6.0f, codes.data(), outliers.data());
+    std::vector<int32_t> columns;
+    for (int64_t i = 0; i < k; ++i) {
+      columns.push_back(int32_t(i));
+    }
+    use.residual_row(x, type, codes.data(), scale, 0.0f, k, columns.data(), residual.data());
+  }
+
+  bool operator==(const Quantized& o) const {
+    return scale == o.scale && codes == o.codes && outliers == o.outliers && residual == o.residual;
+  }
+};
+
+std::vector<uint8_t> finished(const Kernels& use, Float bias_type, const void* bias, Float out_type) {
+  constexpr int64_t rows = 11, cols = 37;
+  Random random;
+  std::vector<int32_t> sums(rows * kTileCols);
+  std::vector<float> row_scale, weight_scale;
+  for (int32_t& sum : sums) {
+    sum = int32_t(random.next() % 2000001) - 1000000;
+  }
+  for (int64_t i = 0; i < cols; ++i) {
+    row_scale.push_back(float(1 + random.next() % 1000) * 0x1p-13f);
+    weight_scale.push_back(float(1 + random.next() % 1000) * 0x1p-17f);
+  }
+  const int8_t none = 0;
+  std::vector<uint8_t> out(rows * cols * (out_type == Float::f32 ? 4 : 2));
+  const Tile tile = {
+      rows, cols, sums.data(), row_scale.data(), {&none, 0}, weight_scale.data(), bias, bias_type, {}, nullptr,
+      out.data(), cols, out_type,
+  };
+  use.finish(tile);
+  return out;
+}
+
+bool same_rows(const Kernels& use) {
+  constexpr int64_t k = 203;
+  std::vector<uint32_t> f32;
+  std::vector<uint16_t> bf16, f16;
+  Random().floats(k, f32, bf16, f16);
+  const Kernels& portable = *portable_kernels();
+  const auto same = [&](Float type, const void* values) {
+    return Quantized(use, values, type, k) == Quantized(portable, values, type, k) &&
+        finished(use, type, values, type) == finished(portable, type, values, type);
+  };
+  return same(Float::f32, f32.data()) && same(Float::bf16, bf16.data()) && same(Float::f16, f16.data());
+}
+
+}  // namespace
+
+bool agrees_with_portable(const Kernels& use) {
+  return same_products(use) && same_rows(use);
+}
+
+}  // namespace int8compile

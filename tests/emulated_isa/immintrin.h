@@ -1,0 +1,293 @@
+// The x86 intrinsics that csrc/cpu's AVX512, VNNI and AMX files use, in plain C++: found before the compiler's own
+// <immintrin.h>, it lets those files compile and run on any machine. One lane at a time and slow, as the manual's
+// operation sections have it; what the manual leaves undefined is filled with rubbish here.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "registers.h"
+#include "tiles.h"
+
+#define _CMP_UNORD_Q 3
+#define _CMP_GE_OQ 29
+#define _MM_FROUND_TO_NEAREST_INT 0
+#define _MM_HINT_T0 3
+#define _MM_HINT_T1 2
+
+using __mmask16 = uint16_t;
+using __mmask64 = uint64_t;
+
+inline void _mm_prefetch(const char*, int) {}
+
+// 128 bits.
+
+inline __m128i _mm_loadu_si128(const __m128i* from) {
+  return emulated::load<__m128i>(from);
+}
+
+inline void _mm_storeu_si128(__m128i* to, __m128i v) {
+  std::memcpy(static_cast<void*>(to), &v, sizeof(v));
+}
+
+inline __m128i _mm_set1_epi32(int value) {
+  return emulated::make<int32_t, __m128i>([=](int) { return value; });
+}
+
+inline __m128i _mm_add_epi32(__m128i a, __m128i b) {
+  return emulated::make<uint32_t, __m128i>([&](int i) { return a.lane<uint32_t>(i) + b.lane<uint32_t>(i); });
+}
+
+inline __m128i _mm_cvtsi32_si128(int value) {
+  return emulated::make<int32_t, __m128i>([=](int i) { return i == 0 ? value : 0; });
+}
+
+inline int _mm_cvtsi128_si32(__m128i v) {
+  return v.lane<int32_t>(0);
+}
+
+inline __m128i _mm_insert_epi8(__m128i v, int value, int at) {
+  v.bytes[at] = uint8_t(value);
+  return v;
+}
+
+inline __m128i _mm_unpacklo_epi64(__m128i a, __m128i b) {
+  return emulated::unpack<uint64_t>(a, b, 0);
+}
+
+// 256 bits.
+
+inline __m256i _mm256_setzero_si256() {
+  return emulated::make<uint8_t, __m256i>([](int) { return 0; });
+}
+
+inline __m256i _mm256_set1_epi8(char value) {
+  return emulated::make<int8_t, __m256i>([=](int) { return value; });
+}
+
+inline __m256i _mm256_loadu_si256(const __m256i* from) {
+  return emulated::load<__m256i>(from);
+}
+
+inline void _mm256_storeu_si256(__m256i* to, __m256i v) {
+  std::memcpy(static_cast<void*>(to), &v, sizeof(v));
+}
+
+inline __m256i _mm256_xor_si256(__m256i a, __m256i b) {
+  return emulated::make<uint8_t, __m256i>([&](int i) { return a.bytes[i] ^ b.bytes[i]; });
+}
+
+inline __m256i _mm256_add_epi32(__m256i a, __m256i b) {
+  return emulated::make<uint32_t, __m256i>([&](int i) { return a.lane<uint32_t>(i) + b.lane<uint32_t>(i); });
+}
+
+// Of each 128-bit half: two sums of neighbours in a, then two in b.
+inline __m256i _mm256_hadd_epi32(__m256i a, __m256i b) {
+  return emulated::make<uint32_t, __m256i>([&](int i) {
+    const __m256i& from = i % 4 < 2 ? a : b;
+    const int at = i / 4 * 4 + i % 2 * 2;
+    return from.lane<uint32_t>(at) + from.lane<uint32_t>(at + 1);
+  });
+}
+
+inline __m128i _mm256_castsi256_si128(__m256i v) {
+  return emulated::load<__m128i>(v.bytes);
+}
+
+inline __m128i _mm256_extracti128_si256(__m256i v, int half) {
+  return emulated::load<__m128i>(v.bytes + 16 * half);
+}
+
+inline __m256i _mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) {
+  return emulated::dpbusd(acc, u, s);
+}
+
+// 512 bits: bytes and integers.
+
+inline __m512i _mm512_setzero_si512() {
+  return emulated::make<uint8_t, __m512i>([](int) { return 0; });
+}
+
+inline __m512i _mm512_set1_epi8(char value) {
+  return emulated::make<int8_t, __m512i>([=](int) { return value; });
+}
+
+inline __m512i _mm512_set1_epi32(int value) {
+  return emulated::make<int32_t, __m512i>([=](int) { return value; });
+}
+
+inline __m512i _mm512_loadu_si512(const void* from) {
+  return emulated::load<__m512i>(from);
+}
+
+inline void _mm512_storeu_si512(void* to, __m512i v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// Reads no byte whose bit is not set.
+inline __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* from) {
+  return emulated::make<uint8_t, __m512i>(
+      [=](int i) { return mask >> i & 1 ? static_cast<const uint8_t*>(from)[i] : uint8_t(0); });
+}
+
+inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
+  return emulated::make<uint8_t, __m512i>([&](int i) { return a.bytes[i] ^ b.bytes[i]; });
+}
+
+inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
+  return emulated::make<uint8_t, __m512i>([&](int i) { return a.bytes[i] & b.bytes[i]; });
+}
+
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+  return emulated::make<uint32_t, __m512i>([&](int i) { return a.lane<uint32_t>(i) + b.lane<uint32_t>(i); });
+}
+
+inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
+  return emulated::make<int32_t, __m512i>(
+      [&](int i) { return a.lane<int32_t>(i) > b.lane<int32_t>(i) ? a.lane<int32_t>(i) : b.lane<int32_t>(i); });
+}
+
+inline __m512i _mm512_slli_epi32(__m512i v, unsigned by) {
+  return emulated::make<uint32_t, __m512i>([&](int i) { return v.lane<uint32_t>(i) << by; });
+}
+
+inline __m512i _mm512_srli_epi32(__m512i v, unsigned by) {
+  return emulated::make<uint32_t, __m512i>([&](int i) { return v.lane<uint32_t>(i) >> by; });
+}
+
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) {
+  return emulated::unpack<uint32_t>(a, b, 0);
+}
+
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) {
+  return emulated::unpack<uint32_t>(a, b, 1);
+}
+
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) {
+  return emulated::unpack<uint64_t>(a, b, 0);
+}
+
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
+  return emulated::unpack<uint64_t>(a, b, 1);
+}
+
+inline __m256i _mm512_castsi512_si256(__m512i v) {
+  return emulated::load<__m256i>(v.bytes);
+}
+
+inline __m512i _mm512_castsi128_si512(__m128i v) {
+  return emulated::make<uint8_t, __m512i>([&](int i) { return i < 16 ? v.bytes[i] : uint8_t(0xa5); });
+}
+
+inline __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
+  return emulated::load<__m256i>(v.bytes + 32 * half);
+}
+
+inline __m512i _mm512_mask_broadcast_i32x4(__m512i source, __mmask16 mask, __m128i v) {
+  return emulated::make<uint32_t, __m512i>(
+      [&](int i) { return mask >> i & 1 ? v.lane<uint32_t>(i % 4) : source.lane<uint32_t>(i); });
+}
+
+inline __m512i _mm512_mask_mov_epi32(__m512i source, __mmask16 mask, __m512i v) {
+  return emulated::make<uint32_t, __m512i>(
+      [&](int i) { return (mask >> i & 1 ? v : source).template lane<uint32_t>(i); });
+}
+
+inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i u, __m512i s) {
+  return emulated::dpbusd(acc, u, s);
+}
+
+inline __m512i _mm512_cvtepi8_epi32(__m128i v) {
+  return emulated::make<int32_t, __m512i>([&](int i) { return v.lane<int8_t>(i); });
+}
+
+inline __m512i _mm512_cvtepu16_epi32(__m256i v) {
+  return emulated::make<int32_t, __m512i>([&](int i) { return v.lane<uint16_t>(i); });
+}
+
+inline __m256i _mm512_cvtepi32_epi16(__m512i v) {
+  return emulated::make<uint16_t, __m256i>([&](int i) { return uint16_t(v.lane<uint32_t>(i)); });
+}
+
+inline __m128i _mm512_cvtsepi32_epi8(__m512i v) {
+  return emulated::make<int8_t, __m128i>([&](int i) {
+    const int32_t lane = v.lane<int32_t>(i);
+    return lane < -128 ? -128 : lane > 127 ? 127 : lane;
+  });
+}
+
+// 512 bits: floats.
+
+inline __m512 _mm512_setzero_ps() {
+  return emulated::make<float, __m512>([](int) { return 0.0f; });
+}
+
+inline __m512 _mm512_set1_ps(float value) {
+  return emulated::make<float, __m512>([=](int) { return value; });
+}
+
+inline __m512 _mm512_loadu_ps(const void* from) {
+  return emulated::load<__m512>(from);
+}
+
+inline void _mm512_storeu_ps(void* to, __m512 v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+inline __m512 _mm512_castsi512_ps(__m512i v) {
+  return emulated::load<__m512>(v.bytes);
+}
+
+inline __m512i _mm512_castps_si512(__m512 v) {
+  return emulated::load<__m512i>(v.bytes);
+}
+
+inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
+  return emulated::make<float, __m512>([&](int i) { return a.lane<float>(i) + b.lane<float>(i); });
+}
+
+inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
+  return emulated::make<float, __m512>([&](int i) { return a.lane<float>(i) * b.lane<float>(i); });
+}
+
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  return emulated::make<float, __m512>(
+      [&](int i) { return std::fma(a.lane<float>(i), b.lane<float>(i), c.lane<float>(i)); });
+}
+
+inline __m512 _mm512_mask_mov_ps(__m512 source, __mmask16 mask, __m512 v) {
+  return emulated::make<float, __m512>([&](int i) { return (mask >> i & 1 ? v : source).template lane<float>(i); });
+}
+
+inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) {
+    const float p = a.lane<float>(i), q = b.lane<float>(i);
+    const bool unordered = std::isnan(p) || std::isnan(q);
+    emulated::require(how == _CMP_UNORD_Q || how == _CMP_GE_OQ, "_mm512_cmp_ps_mask: a comparison not emulated");
+    mask |= unsigned(how == _CMP_UNORD_Q ? unordered : !unordered && p >= q) << i;
+  }
+  return __mmask16(mask);
+}
+
+inline __m512 _mm512_cvtepi32_ps(__m512i v) {
+  return emulated::make<float, __m512>([&](int i) { return float(v.lane<int32_t>(i)); });
+}
+
+inline __m512i _mm512_cvtps_epi32(__m512 v) {
+  return emulated::make<int32_t, __m512i>([&](int i) {
+    const float whole = std::nearbyint(v.lane<float>(i));  // ties to even, as the rounding mode is
+    return whole >= -0x1p31f && whole < 0x1p31f ? int32_t(whole) : INT32_MIN;
+  });
+}
+
+inline __m512 _mm512_cvtph_ps(__m256i v) {
+  return emulated::make<float, __m512>([&](int i) { return emulated::from_half(v.lane<uint16_t>(i)); });
+}
+
+inline __m256i _mm512_cvtps_ph(__m512 v, int how) {
+  emulated::require(how == _MM_FROUND_TO_NEAREST_INT, "_mm512_cvtps_ph: a rounding not emulated");
+  return emulated::make<uint16_t, __m256i>([&](int i) { return emulated::to_half(v.lane<float>(i)); });
+}
