@@ -8,6 +8,8 @@ float weight freed as soon as its int8 form exists, so that memory never exceeds
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections import Counter, deque
 from collections.abc import Mapping
 
@@ -67,7 +69,7 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
     """
     options = Int8Config.make(config)
     model = _unwrapped(model, "quantize_")
-    if _is_linear(model):
+    if is_float_linear(model):
         raise ModuleError(
             f"quantize_(model): model is itself a {type(model).__name__}, which nothing holds that could hold another; "
             "use int8compile.Int8Linear.from_float(model)"
@@ -76,8 +78,9 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
     provider = _provider(model, options)
     report = Report([_graph_report(found, provider, options)])
     todo = deque(f for f in found if f.site.reason is Reason.REWRITTEN)
-    del found  # `todo` alone must hold the float modules, which convert_ lets go one by one
-    convert_(model, todo, options)
+    del found  # `todo` alone must hold the float modules, which _convert lets go one by one
+    _convert(model, todo, options)
+    _tell_transformers(model, options)
     return report
 
 
@@ -120,11 +123,29 @@ def find_linears(
     return [
         Found(module, paths, facts.site(module, paths))
         for module, paths in _by_identity(model, (nn.Module,))
-        if isinstance(module, Int8Linear) or _is_linear(module)
+        if isinstance(module, Int8Linear) or is_float_linear(module)
     ]
 
 
-def convert_(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
+def report_of(model: nn.Module, config: Int8Config, refused: Mapping[str, tuple[Reason, str]] | None = None) -> Report:
+    """A model as it is: which linears are int8, and why the others are not. ``refused`` as in ``find_linears``."""
+    found = []
+    for linear in find_linears(model, config, refused=refused):
+        site = linear.site
+        if site.reason is Reason.REWRITTEN:  # by the rules it could be, but nobody did
+            site = dataclasses.replace(site, reason=Reason.SKIPPED, detail="float in the checkpoint")
+        found.append(dataclasses.replace(linear, site=site))
+    return Report([_graph_report(found, _provider(model, config), config)])
+
+
+def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
+    """Replace linears on the meta device by empty ``Int8Linear``, to be filled from a checkpoint."""
+    for linear in found:
+        if linear.site.reason is Reason.REWRITTEN:
+            _replace(model, linear.paths, linear.module, Int8Linear.from_float(linear.module, config))
+
+
+def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
     """Replace the linears found in a model by their int8 forms, one by one; empties the queue."""
     readers = Counter(id(f.module.weight) for f in linears)
     shared: dict[int, Packed] = {}
@@ -153,7 +174,7 @@ class _Facts:
     def site(self, module: nn.Module, paths: tuple[str, ...]) -> Site:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
+        n, k = matrix_shape(module)
         if isinstance(module, Int8Linear):
             reason, detail, dtype = Reason.PREQUANTIZED, "", module.float_dtype
         else:
@@ -189,8 +210,16 @@ def _module_refusal(module: nn.Module, weight: torch.Tensor) -> tuple[Reason, st
     return None
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_float_linear(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Linear`` or a ``Conv1D``."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """N and K of a linear of any kind."""
+    assert isinstance(module.weight, torch.Tensor)
+    first, second = module.weight.shape
+    return (second, first) if is_conv1d(module) else (first, second)
 
 
 def _storage(tensor: object) -> int | None:
@@ -223,6 +252,13 @@ def _unwrapped(model: object, function: str) -> nn.Module:
     return model
 
 
+def _tell_transformers(model: nn.Module, config: Int8Config) -> None:
+    """A transformers model has to know that it is int8, or it would be saved as a float one with strange weights."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        importlib.import_module("int8compile.integrations.transformers").attach_(model, config)
+
+
 def _provider(model: nn.Module, config: Int8Config) -> str:
     tensors = [p for p in model.parameters() if p.device.type != "meta"]
     return native.choose_provider(config.kernels, tensors).name if tensors else "chosen at the first call"
@@ -232,8 +268,9 @@ def _use(found: Found) -> WeightUse:
     """Bytes of a linear's weight before and after."""
     weight, site = found.module.weight, found.site
     assert isinstance(weight, torch.Tensor)
+    dtype = found.module.float_dtype if isinstance(found.module, Int8Linear) else weight.dtype
     int8_bytes = weight.numel() + 4 * site.out_features if site.rewritten else 0
-    return WeightUse(id(weight), weight.numel() * weight.element_size(), int8_bytes, not site.rewritten)
+    return WeightUse(id(weight), weight.numel() * dtype.itemsize, int8_bytes, not site.rewritten)
 
 
 def _graph_report(found: list[Found], provider: str, config: Int8Config) -> GraphReport:

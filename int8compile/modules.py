@@ -15,7 +15,7 @@ from torch import nn
 
 from int8compile import native
 from int8compile.config import Int8Config
-from int8compile.errors import CheckpointError
+from int8compile.formats import SERIALIZED, read_packed
 from int8compile.ops import linear
 from int8compile.weights import Packed, pack
 
@@ -160,46 +160,6 @@ class Int8Linear(nn.Module):
         if packed is not None:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = packed
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-#: an int8 weight's entries in a state dict: ours, then those that bitsandbytes has beside ``weight``
-SERIALIZED = ("weight", "weight_scale", "SCB", "weight_format")
-
-
-def read_packed(entries: dict[str, torch.Tensor], prefix: str, shape: torch.Size) -> Packed | None:
-    """The int8 form in a checkpoint's entries for one linear, not copied; None if there are none.
-
-    Args:
-        entries: those of ``SERIALIZED`` that are there. bitsandbytes' ``SCB`` is absmax, so 127 times our scale.
-        prefix: of their names in the checkpoint, for messages.
-        shape: what the model expects of the weight, [N, K].
-
-    Raises:
-        CheckpointError: they are not an int8 weight and its scale.
-    """
-    if not entries:
-        return None
-    layout, weight = entries.get("weight_format"), entries.get("weight")
-    if layout is not None and int(layout) != 0:
-        raise CheckpointError(
-            f"{prefix}weight_format", f"is {int(layout)}, a layout of old bitsandbytes", "0 (row-major)"
-        )
-    if weight is None or weight.dtype != torch.int8:
-        found = "is missing" if weight is None else f"is {weight.dtype}"
-        raise CheckpointError(f"{prefix}weight", found, "int8; quantise a float checkpoint after it is loaded")
-    if weight.shape != shape:
-        raise CheckpointError(f"{prefix}weight", f"is int8 {list(weight.shape)}", f"{list(shape)}, as the model has it")
-    name = "SCB" if "SCB" in entries else "weight_scale"
-    scale = entries.get(name)
-    if scale is None:
-        raise CheckpointError(
-            f"{prefix}weight_scale", f"is missing beside the int8 {prefix}weight", "it, or bitsandbytes' SCB"
-        )
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (weight.shape[0],):
-        raise CheckpointError(
-            f"{prefix}{name}", f"is {scale.dtype} {list(scale.shape)}", f"float32 [{weight.shape[0]}]"
-        )
-    return Packed(weight, scale / 127.0 if name == "SCB" else scale)
 
 
 def is_conv1d(module: nn.Module) -> bool:

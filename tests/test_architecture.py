@@ -15,11 +15,13 @@ FLOORS = [
     ("ops",),
     ("native", "rules"),
     ("session", "capture", "weights"),
+    ("formats",),
     ("modules",),
     ("passes", "inplace"),
     ("inductor", "lifetime"),
     ("backend",),
     ("explanation", "diagnosis"),
+    ("integrations",),
     ("cli",),
 ]
 

@@ -1,0 +1,85 @@
+"""What from_pretrained does with a linear's entries of a checkpoint: quantise them, or take int8 ones as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from int8compile.config import Int8Config
+from int8compile.errors import CheckpointError
+from int8compile.formats import read_packed
+from int8compile.inplace import is_float_linear, matrix_shape
+from int8compile.modules import Int8Linear
+from int8compile.weights import Packed, pack
+
+Entries = dict[str, Any]
+
+
+class Quantize(ConversionOps):  # type: ignore[misc]
+    """A float weight of the checkpoint to int8, one tensor at a time."""
+
+    def __init__(self, loaded: set[str]) -> None:
+        """``loaded``: takes the paths of the modules that get their weights."""
+        self.loaded = loaded
+
+    def convert(self, input_dict: Entries, model: Any = None, **kwargs: Any) -> Entries:
+        result: Entries = {}
+        for key, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            path = key.rpartition(".")[0]
+            module = model.get_submodule(path)
+            expected = (module.out_features, module.in_features)
+            expected = expected[::-1] if module.stored_transposed else expected
+            if tuple(value.shape) != expected:
+                raise CheckpointError(key, f"is {list(value.shape)}", f"{list(expected)}, as the model has it")
+            result |= _tensors(path, pack(value, module.stored_transposed))
+            self.loaded.add(path)
+        return result
+
+
+class Deserialize(ConversionOps):  # type: ignore[misc]
+    """Entries of an int8 checkpoint, ours or bitsandbytes', as they are; what is float in it stays float.
+
+    The checkpoint decides what is int8: where it disagrees with the model that was prepared for it (a bitsandbytes
+    checkpoint has other rules), the module is exchanged.
+    """
+
+    def __init__(self, config: Int8Config, loaded: set[str]) -> None:
+        self.config, self.loaded = config, loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
+        return self  # transformers copies operations for every weight
+
+    def convert(self, input_dict: Entries, model: Any = None, full_layer_name: str = "", **kwargs: Any) -> Entries:
+        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        path = full_layer_name.rpartition(".")[0]
+        module, weight = model.get_submodule(path), found.get("weight")
+        if set(found) == {"weight"} and weight is not None and weight.dtype != torch.int8:
+            if isinstance(module, Int8Linear):
+                _to_float_skeleton(model, path, module)
+            return {full_layer_name: weight}
+        if isinstance(module, Int8Linear):
+            shape = (module.out_features, module.in_features)
+        elif is_float_linear(module):
+            shape = matrix_shape(module)
+        else:
+            raise CheckpointError(full_layer_name, "is int8", f"a float tensor for a {type(module).__name__}")
+        packed = read_packed(found, f"{path}.", shape)
+        assert packed is not None
+        if not isinstance(module, Int8Linear):
+            model.set_submodule(path, Int8Linear.from_float(module, self.config))
+        self.loaded.add(path)
+        return _tensors(path, packed)
+
+
+def _tensors(path: str, packed: Packed) -> Entries:
+    return {f"{path}.weight": packed.weight, f"{path}.weight_scale": packed.scale}
+
+
+def _to_float_skeleton(model: Any, path: str, module: Int8Linear) -> None:
+    new = module.to_float()
+    assert isinstance(new.weight, nn.Parameter)
+    model.set_submodule(path, new.requires_grad_(True))

@@ -1,0 +1,339 @@
+"""transformers: load, quantise while loading, save and dequantise, as with its other quantisation methods.
+
+    from int8compile.integrations.transformers import Int8Config
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Int8Config())
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+Importing this file registers the method ``"int8compile"``. A process that loads a saved int8 model must import it
+first; without it transformers fails on the checkpoint's first int8 weight, by its shape (see ``formats.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import int8compile
+from int8compile import config as core
+from int8compile.errors import OptionNameError, OptionValueError
+from int8compile.formats import FORMATS, entries, mark
+from int8compile.inplace import dequantize_, find_linears, report_of, skeleton_
+from int8compile.integrations.loading import Deserialize, Quantize
+from int8compile.modules import Int8Linear
+from int8compile.report import Reason, Report
+from int8compile.weights import Packed
+
+log = logging.getLogger(__name__)
+
+_FIELDS = (
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_enable_fp32_cpu_offload",
+    "outlier_policy",
+    "min_features",
+    "skip_output_embeddings",
+    "kernels",
+)
+_WRITTEN = {"quant_method", "version", "requires"}  # what to_dict adds
+
+
+@register_quantization_config("int8compile")
+class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` for ``from_pretrained``: the fields of ``int8compile.Int8Config`` that outlive a compile.
+
+    Args:
+        llm_int8_threshold, llm_int8_skip_modules, outlier_policy, min_features, skip_output_embeddings, kernels,
+        llm_int8_has_fp16_weight: as there. ``skip_output_embeddings=False`` takes output embeddings that are not tied;
+            what transformers keeps tied stays float.
+        llm_int8_enable_fp32_cpu_offload: lets ``device_map`` put modules on the CPU or the disk beside a GPU. They are
+            int8 there as well (bitsandbytes leaves them in float32); pass ``offload_buffers=True`` to from_pretrained.
+
+    Raises:
+        OptionNameError, OptionValueError: an unknown option, or one with a bad value.
+    """
+
+    quant_method = "int8compile"
+
+    def __init__(self, **options: Any) -> None:
+        options = {name: value for name, value in options.items() if name not in _WRITTEN}
+        for name in options:
+            if name not in _FIELDS:
+                raise OptionNameError(name, _FIELDS)
+        checked = core.Int8Config(**options)
+        self.quant_method = "int8compile"
+        for name in _FIELDS:
+            value = getattr(checked, name)
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
+
+    @classmethod
+    def from_core(cls, config: object) -> Int8Config:
+        """From all that ``int8compile.Int8Config.make`` takes, a ``BitsAndBytesConfig`` for one."""
+        made = core.Int8Config.make(config)
+        return cls(**{name: getattr(made, name) for name in _FIELDS})
+
+    def to_core(self) -> core.Int8Config:
+        """The same options for ``quantize_`` and ``torch.compile(..., backend="int8", options=...)``."""
+        return core.Int8Config(**{name: getattr(self, name) for name in _FIELDS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in ``config.json``."""
+        return {
+            "quant_method": "int8compile",
+            "version": int8compile.__version__,
+            "requires": "import int8compile.integrations.transformers",
+            **{name: getattr(self, name) for name in _FIELDS},
+        }
+
+
+@register_quantizer("int8compile")
+class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What from_pretrained calls on its way; ``report`` says what became of each linear."""
+
+    requires_calibration = False
+    is_qat_trainable = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            quantization_config = Int8Config.from_core(quantization_config)
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config.to_core()
+        self.report = Report()
+        self.loaded: set[str] = set()
+        self.refused: dict[str, tuple[Reason, str]] = {}
+        self.dtype: torch.dtype | None = None
+        self._saving = "int8compile"
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the model will have, which transformers says here alone."""
+        self.dtype = dtype
+        return dtype
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("weights_only") is False:
+            raise OptionValueError("weights_only", False, "True: pickled code is not run for the sake of weights")
+        device_map = kwargs.get("device_map")
+        devices = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
+        slow = ", ".join(sorted(devices & {"cpu", "disk"}))
+        if slow and len(devices) > 1 and not self.config.llm_int8_enable_fp32_cpu_offload:
+            raise ValueError(
+                f"device_map puts some modules on {slow}: if that is meant, set llm_int8_enable_fp32_cpu_offload=True "
+                "in the Int8Config and pass offload_buffers=True to from_pretrained"
+            )
+        if "disk" in devices and not self.pre_quantized:
+            # transformers would read what it offloads from the float file at each forward.
+            raise ValueError(
+                "device_map puts modules on the disk, which works from an int8 checkpoint only: save_pretrained the "
+                "int8 model once, then load that"
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.refused = _refused(model, self.dtype)
+        skeleton_(model, find_linears(model, self.config, refused=self.refused), self.config)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(path), Int8Linear)
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self.loaded)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": lambda _: Deserialize(self.config, self.loaded)}
+
+    serialized_names = {"weight": ["weight", "weight_scale", "SCB", "weight_format"]}  # noqa: RUF012
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Floats are cast to the model's dtype, where it is one; codes and scales stay what they are."""
+        is_float = param.get_dtype() in ("F64", "F32", "F16", "BF16") if hasattr(param, "get_dtype") else True
+        return dtype if is_float and dtype is not None and dtype.is_floating_point else None
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _initialize_missing(model, self.loaded)
+        _check_offload(model)
+        conversions = getattr(model, "_weight_conversions", None) or []
+        # What we read in is not what we write: the state dict that is saved is made by get_state_dict_and_metadata.
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)]  # type: ignore[assignment]
+        self.attach_(model)
+        log.info("int8: %s", self.report.summary())
+        return model
+
+    def attach_(self, model: Any) -> None:
+        """Make a model know that it is int8, as from_pretrained does."""
+        model.hf_quantizer, model.config.quantization_config = self, self.quantization_config
+        model.is_quantized, model.is_loaded_in_8bit = True, True
+        model.quantization_method = "int8compile"
+        self.report = report_of(model, self.config, self.refused)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return state_dict(model, self._saving), {"int8compile": int8compile.__version__}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        # config.dtype, which transformers passes, is a name once the model has been saved.
+        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model.is_loaded_in_8bit = False  # type: ignore[assignment]
+        return model
+
+    @contextlib.contextmanager
+    def saving_as(self, model: Any, format: str) -> Iterator[None]:
+        """Within the context ``model.save_pretrained`` writes another format."""
+        before = model.config.quantization_config
+        self._saving, model.config.quantization_config = format, _config_of(model, format)
+        try:
+            yield
+        finally:
+            self._saving, model.config.quantization_config = "int8compile", before
+
+
+def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwargs: Any) -> None:
+    """``model.save_pretrained(folder, ...)`` in a format of choice.
+
+    Args:
+        format: ``"int8compile"``; ``"bitsandbytes"``, which bitsandbytes reads; ``"compressed-tensors"``, int8 weights
+            with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers).
+        kwargs: those of transformers' ``save_pretrained``.
+
+    Raises:
+        OptionValueError: an unknown format, or a model with no int8 linears.
+    """
+    if format not in FORMATS:
+        raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, Int8Quantizer):
+        raise OptionValueError("model", type(model).__name__, "a model loaded with Int8Config or given to quantize_")
+    with quantizer.saving_as(model, format):
+        model.save_pretrained(folder, **kwargs)
+
+
+def take_over_bitsandbytes(enabled: bool = True) -> None:
+    """Route ``BitsAndBytesConfig(load_in_8bit=True)`` and bitsandbytes' int8 checkpoints to this package.
+
+    For the whole process, whether bitsandbytes is installed or not. Checkpoints are read as they are: no copy, no
+    requantisation. As with bitsandbytes, a model goes to the current GPU if no ``device_map`` says otherwise.
+
+    Args:
+        enabled: False gives them back.
+    """
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] = _InPlaceOfBitsAndBytes if enabled else Bnb8BitHfQuantizer
+
+
+class _InPlaceOfBitsAndBytes(Int8Quantizer):
+    def update_device_map(self, device_map: Any) -> Any:
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+
+def attach_(model: Any, config: core.Int8Config) -> None:
+    """Tell a transformers model that ``quantize_`` has made it int8, so that it can be saved and trained as such."""
+    Int8Quantizer(Int8Config.from_core(dataclasses.replace(config, inductor={}, mode=None))).attach_(model)
+
+
+def state_dict(model: nn.Module, format: str) -> dict[str, torch.Tensor]:
+    """A model's state dict in one of ``formats.FORMATS``; its tensors are the model's own."""
+    result = model.state_dict()
+    marked = format != "int8compile"
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Int8Linear) or module.weight.is_meta:
+            continue
+        names = {name: f"{path}.{name}" for name in ("weight", "weight_scale")}
+        packed = Packed(*(result.pop(name) for name in names.values()))
+        for name, tensor in entries(packed, format).items():
+            result[f"{path}.{name}"] = tensor
+        if not marked:
+            result[names["weight"]], marked = mark(packed.weight), True
+    return dict(result)
+
+
+def _config_of(model: Any, format: str) -> Any:
+    """``quantization_config`` of the saved ``config.json``."""
+    ours = model.config.quantization_config
+    left = [site.path for site in report_of(model, ours.to_core()).sites if not site.rewritten]
+    if format == "bitsandbytes":
+        # Its own list replaces its defaults, so every linear that is float here is named.
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=ours.llm_int8_threshold, llm_int8_skip_modules=left or None
+        )
+    if format == "compressed-tensors":
+        eight = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+        group = {
+            "targets": ["Linear"],
+            "weights": {**eight, "strategy": "channel", "dynamic": False},
+            "input_activations": {**eight, "strategy": "token", "dynamic": True},
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": left,
+            "config_groups": {"group_0": group},
+        }
+    return ours
+
+
+def _refused(model: Any, dtype: torch.dtype | None) -> dict[str, tuple[Reason, str]]:
+    """Linears that a transformers model cannot have in int8: tied ones, and those it keeps in float32 at this dtype."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    keys = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    refused = dict.fromkeys(keys, (Reason.OUTPUT_EMBEDDING, "tied"))
+    in_float32 = model._get_dtype_plan(dtype) if dtype is not None else {}
+    for path, _ in model.named_modules():
+        if any(name in path.split(".") for name in in_float32):
+            refused[path] = (Reason.SKIPPED, "_keep_in_fp32_modules")
+    return refused
+
+
+def _initialize_missing(model: Any, loaded: set[str]) -> None:
+    """Linears that the checkpoint does not have (a new head) become float ones, initialised as the model does it."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, Int8Linear) or path in loaded:
+            continue
+        device = module.weight.device if not module.weight.is_meta else torch.device("cpu")
+        new = module.to_empty(device=device).to_float()
+        model.set_submodule(path, new)
+        model._init_weights(new)
+
+
+def _check_offload(model: nn.Module) -> None:
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if (
+            isinstance(module, Int8Linear)
+            and getattr(hook, "offload", False)
+            and not getattr(hook, "offload_buffers", True)
+        ):
+            raise ValueError(
+                "device_map offloads int8 weights, which are buffers: pass offload_buffers=True to from_pretrained, "
+                "or they would all be moved to the execution device"
+            )
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
