@@ -1,0 +1,168 @@
+"""LoRA on Int8Linear: found, right in eager and compiled, merged and unmerged, trained."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from model_zoo import ZOO, llama
+from torch import nn
+
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+from int8compile import Int8Linear, quantize_
+from int8compile.integrations.peft import LoraInt8Linear
+
+ENTRIES = {entry.name: entry for entry in ZOO}
+
+
+def int8_model(name: str = "Llama") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model, inputs = ENTRIES[name].make()
+    quantize_(model.requires_grad_(False), {"min_features": 0})
+    return model, inputs
+
+
+def lora(model: nn.Module, targets="all-linear", **options):
+    """With B not zero, as after some training."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def adapted(model: nn.Module) -> dict[str, LoraInt8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraInt8Linear)}
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize(("name", "count"), [("Llama", 14), ("GPT-2", 8), ("Qwen3", 14)])
+def test_all_linear_finds_every_int8_linear(name, count):
+    model, inputs = int8_model(name)
+    before = logits(model, inputs)
+    model = lora(model)
+    assert len(adapted(model)) == count
+    assert (logits(model, inputs) - before).norm() > 1e-3 * before.norm()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), before)
+
+
+def test_computes_base_plus_adapter_and_trains_the_adapter_alone():
+    base = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
+    quantize_(base, {"min_features": 0})
+    int8 = base[0]
+    model, x = lora(base, ["0"], lora_alpha=8), torch.randn(5, 24).requires_grad_()
+    layer = adapted(model)["base_model.model.0"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    out = model(x)
+    torch.testing.assert_close(out, int8(x) + 2 * (x @ a.t() @ b.t()))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ int8.dequantize() + 2 * grad @ b @ a, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b.grad, 2 * grad.t() @ (x @ a.t()), rtol=1e-4, atol=1e-4)
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "int8"])
+def test_forward_and_backward_compiled(backend):
+    model, inputs = llama(layers=1).eval().requires_grad_(False), ENTRIES["Llama"].inputs()
+    quantize_(model, {"min_features": 0})
+    model = lora(model, ["q_proj", "v_proj", "down_proj"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(run):
+        loss = run(**inputs).logits.square().mean()
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    want = gradients(model)
+    got = gradients(torch.compile(model, backend=backend))
+    for actual, expected in zip(got, want, strict=True):
+        assert (actual - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_merge_and_unmerge():
+    model, inputs = int8_model()
+    model = lora(model)
+    before, codes = logits(model, inputs), {n: m.get_base_layer().weight.clone() for n, m in adapted(model).items()}
+    model.merge_adapter(safe_merge=True)
+    assert (logits(model, inputs) - before).norm() < 0.1 * before.norm()
+    assert any(not torch.equal(m.get_base_layer().weight, codes[n]) for n, m in adapted(model).items())
+    model.unmerge_adapter()
+    assert all(torch.equal(m.get_base_layer().weight, codes[n]) for n, m in adapted(model).items())
+    assert torch.equal(logits(model, inputs), before)
+    merged = model.merge_and_unload()
+    assert not adapted(merged)
+    assert sum(isinstance(m, Int8Linear) for m in merged.modules()) == 14
+    assert (logits(merged, inputs) - before).norm() < 0.1 * before.norm()
+
+
+def test_a_broken_adapter_is_not_merged():
+    model = lora(int8_model()[0], ["q_proj"])
+    layer = next(iter(adapted(model).values()))
+    codes = layer.get_base_layer().weight.clone()
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="nothing was merged"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, codes)
+    assert not layer.merged
+
+
+def test_two_adapters_and_their_folders(tmp_path):
+    model, inputs = int8_model()
+    plain = copy.deepcopy(model)
+    model = lora(model, ["q_proj"])
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(logits(again, inputs), expected)
+    again.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    again.set_adapter("other")
+    assert not torch.equal(logits(again, inputs), expected)
+    again.set_adapter("default")
+    assert torch.equal(logits(again, inputs), expected)
+
+
+def test_dora_is_refused():
+    model, _ = int8_model()
+    with pytest.raises(ValueError, match="use_dora"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+
+
+def test_a_trainer_lowers_the_loss(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from int8compile.integrations.transformers import Int8Config
+
+    model, inputs = ENTRIES["Llama"].make()
+    model.save_pretrained(tmp_path / "float")
+    config = Int8Config(min_features=0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    codes = {n: m.get_base_layer().weight.clone() for n, m in adapted(model).items()}
+    row = inputs["input_ids"][0]
+    data = [{"input_ids": row, "labels": row}] * 8
+    arguments = transformers.TrainingArguments(
+        tmp_path / "out",
+        max_steps=12,
+        per_device_train_batch_size=2,
+        learning_rate=2e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(m.get_base_layer().weight, codes[n]) for n, m in adapted(model).items())
