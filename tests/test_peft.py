@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compiling import compile_eager
 from model_zoo import ZOO, llama
 from torch import nn
 
@@ -69,8 +70,15 @@ def test_computes_base_plus_adapter_and_trains_the_adapter_alone():
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
 
 
-@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "int8"])
-def test_forward_and_backward_compiled(backend):
+BACKENDS = {
+    "rewritten": compile_eager,
+    "int8": lambda model: torch.compile(model, backend="int8"),
+    "inductor": torch.compile,
+}
+
+
+@pytest.mark.parametrize("how", ["rewritten", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8", "inductor"))])
+def test_forward_and_backward_compiled(how):
     model, inputs = llama(layers=1).eval().requires_grad_(False), ENTRIES["Llama"].inputs()
     quantize_(model, {"min_features": 0})
     model = lora(model, ["q_proj", "v_proj", "down_proj"])
@@ -81,7 +89,7 @@ def test_forward_and_backward_compiled(backend):
         return [loss, *torch.autograd.grad(loss, parameters)]
 
     want = gradients(model)
-    got = gradients(torch.compile(model, backend=backend))
+    got = gradients(BACKENDS[how](model))
     for actual, expected in zip(got, want, strict=True):
         assert (actual - expected).norm() <= 2e-2 * expected.norm()
 

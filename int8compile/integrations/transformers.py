@@ -227,6 +227,9 @@ def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwar
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, Int8Quantizer):
         raise OptionValueError("model", type(model).__name__, "a model loaded with Int8Config or given to quantize_")
+    conv1d = any(isinstance(m, Int8Linear) and m.stored_transposed for m in model.modules())
+    if format == "compressed-tensors" and conv1d:
+        raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
     with quantizer.saving_as(model, format):
         model.save_pretrained(folder, **kwargs)
 
