@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from int8compile.errors import Int8CompileError
@@ -72,6 +74,60 @@ def build(as_json: AsJson = False) -> None:
             out.print(f"{name}: {path} ({built[name]['seconds']:.1f} s)", highlight=False)
     if as_json:
         print_json(built)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a float transformers checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make, or one that an interrupted run left.")],
+    format: Annotated[
+        str, typer.Option(help="int8compile, bitsandbytes, or compressed-tensors (for vLLM and SGLang).")
+    ] = "int8compile",
+    threshold: Annotated[float, typer.Option(help="llm_int8_threshold")] = 6.0,
+    skip: Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")] = None,
+    min_features: Annotated[int, typer.Option(help="Smaller linears stay in float.")] = 128,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare both models' outputs afterwards.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an int8 copy of a checkpoint, file by file, without ever holding the model.
+
+    Can be stopped at any time: an unfinished folder does not load, and the same command goes on where it was.
+
+    Example: int8compile quantize SmolLM2-135M SmolLM2-135M-int8 --verify
+    """
+    with failures_to_stderr():
+        try:
+            from int8compile import convert
+            from int8compile.integrations.transformers import Int8Config
+        except ImportError as error:
+            raise Int8CompileError(
+                f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
+            ) from error
+        config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
+        with Progress(console=err, transient=True, disable=as_json) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def progress(file: str, done: int, total: int) -> None:
+                bars.update(tasks.get(file) or tasks.setdefault(file, bars.add_task(file, total=total)), completed=done)
+
+            done = convert.quantize_folder(source, target, config, format, progress)
+        comparison = convert.compare(source, target, format) if verify else None
+    result: dict[str, Any] = {
+        "linears": len(done.sites),
+        "int8": sum(site.rewritten for site in done.sites),
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "files_resumed": done.resumed,
+        "verify": comparison and {"relative_error": comparison.error, "top_1_agreement": comparison.agreement},
+    }
+    if as_json:
+        print_json(result)
+        return
+    mib = f"{done.bytes_before / 2**20:.1f} -> {done.bytes_after / 2**20:.1f} MiB"
+    out.print(f"{result['int8']} of {result['linears']} linears in int8, {mib}: {target}", highlight=False)
+    if comparison is not None:
+        agreement = f"the same best token in {comparison.agreement:.1%} of places"
+        out.print(f"outputs: relative error {comparison.error:.3g}, {agreement}", highlight=False)
 
 
 class failures_to_stderr:  # noqa: N801 (reads as the statement it is)

@@ -152,7 +152,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self.refused = _refused(model, self.dtype)
+        self.refused = refused_linears(model, self.dtype)
         skeleton_(model, find_linears(model, self.config, refused=self.refused), self.config)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -204,7 +204,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     def saving_as(self, model: Any, format: str) -> Iterator[None]:
         """Within the context ``model.save_pretrained`` writes another format."""
         before = model.config.quantization_config
-        self._saving, model.config.quantization_config = format, _config_of(model, format)
+        left = [site.path for site in report_of(model, self.config).sites if not site.rewritten]
+        self._saving, model.config.quantization_config = format, quantization_config(before, left, format)
         try:
             yield
         finally:
@@ -274,10 +275,8 @@ def state_dict(model: nn.Module, format: str) -> dict[str, torch.Tensor]:
     return dict(result)
 
 
-def _config_of(model: Any, format: str) -> Any:
-    """``quantization_config`` of the saved ``config.json``."""
-    ours = model.config.quantization_config
-    left = [site.path for site in report_of(model, ours.to_core()).sites if not site.rewritten]
+def quantization_config(ours: Int8Config, left: list[str], format: str) -> Any:
+    """What a saved ``config.json`` says of a model whose linears ``left`` are float."""
     if format == "bitsandbytes":
         # Its own list replaces its defaults, so every linear that is float here is named.
         return BitsAndBytesConfig(
@@ -301,7 +300,7 @@ def _config_of(model: Any, format: str) -> Any:
     return ours
 
 
-def _refused(model: Any, dtype: torch.dtype | None) -> dict[str, tuple[Reason, str]]:
+def refused_linears(model: Any, dtype: torch.dtype | None) -> dict[str, tuple[Reason, str]]:
     """Linears that a transformers model cannot have in int8: tied ones, and those it keeps in float32 at this dtype."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     keys = {name.removesuffix(".weight") for pair in tied.items() for name in pair}

@@ -1,0 +1,304 @@
+"""``int8compile quantize``: a checkpoint folder to an int8 one, file by file, without ever holding the model.
+
+Each file of weights is read tensor by tensor and written whole under a temporary name, then renamed; ``config.json``,
+without which nothing loads, comes last. So a run that is killed leaves a folder that does not load, and the next run
+goes on after the last whole file. Which tensors become int8 is decided by the same rules as in ``from_pretrained``, on
+a model without memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+import int8compile
+from int8compile.errors import CheckpointError, OptionValueError
+from int8compile.formats import FORMATS, entries, mark
+from int8compile.inplace import find_linears
+from int8compile.integrations.transformers import (
+    Int8Config,
+    quantization_config,
+    refused_linears,
+    take_over_bitsandbytes,
+)
+from int8compile.modules import is_conv1d
+from int8compile.report import Reason, Site
+from int8compile.weights import pack
+
+_MANIFEST = "unfinished.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+#: called with a file's name, bytes done and bytes in all
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was done: every linear's Site, bytes of weights before and after, files that an earlier run had finished."""
+
+    sites: list[Site]
+    bytes_before: int
+    bytes_after: int
+    resumed: int
+
+
+def quantize_folder(
+    source: Path, target: Path, config: Int8Config, format: str = "int8compile", progress: Progress | None = None
+) -> Converted:
+    """Write an int8 copy of a transformers checkpoint folder.
+
+    Args:
+        source: folder with ``config.json`` and safetensors (or pickled, then read with ``weights_only=True``) weights.
+        target: folder to be made, or one that an interrupted run with the same arguments left.
+        format: one of ``formats.FORMATS``.
+
+    Raises:
+        OptionValueError: a bad argument, or a target that holds something else. Nothing is changed.
+        CheckpointError: a file that cannot be read or does not fit the model. The target does not load then.
+    """
+    if format not in FORMATS:
+        raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
+    files = _weight_files(source)
+    plan = _Plan(source, files, config, format)
+    _open_target(target, files, config, format)
+    weight_map: dict[str, str] = {}
+    before, after, resumed = 0, 0, 0
+    for file in files:
+        written = target / _output_name(file.name)
+        if written.exists():
+            resumed += 1
+        else:
+            tensors: dict[str, torch.Tensor] = {}
+            total, done = file.stat().st_size, 0
+            for key, tensor in _tensors(file):
+                tensors |= plan.convert(key, tensor, file)
+                done += tensor.numel() * tensor.element_size()
+                if progress is not None:
+                    progress(file.name, done, total)
+            partial = target / f"{written.name}.part"
+            save_file(tensors, partial, metadata={"format": "pt", "int8compile": int8compile.__version__})
+            os.replace(partial, written)
+            del tensors
+        weight_map |= dict.fromkeys(_keys(written), written.name)
+        before, after = before + file.stat().st_size, after + written.stat().st_size
+    if len(files) > 1:
+        index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(target / "model.safetensors.index.json", index)
+    _finish(source, target, plan)
+    return Converted(plan.sites, before, after, resumed)
+
+
+class _Plan:
+    """Which of a checkpoint's tensors become int8, and how."""
+
+    def __init__(self, source: Path, files: list[Path], config: Int8Config, format: str) -> None:
+        self.config, self.format = config, format
+        model_config = transformers.AutoConfig.from_pretrained(source)
+        if getattr(model_config, "quantization_config", None) is not None:
+            raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
+        self.dtype = model_config.dtype
+        names = model_config.architectures or ["AutoModel"]
+        family = getattr(transformers, names[0], None)
+        if family is None:
+            raise OptionValueError("architectures", names[0], "a class of transformers")
+        with torch.device("meta"):
+            model = family(model_config) if names[0] != "AutoModel" else family.from_config(model_config)
+        core = config.to_core()
+        found = find_linears(model, core, refused=refused_linears(model, self.dtype))
+        if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
+            raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
+        self.sites = [f.site for f in found]
+        self._int8 = {path: f for f in found if f.site.reason is Reason.REWRITTEN for path in f.paths}
+        self._names = _Names(model)
+        marked = (key for file in files for key in _keys(file) if self._module(key) is not None)
+        self._marked = next(marked, None) if format == "int8compile" else None
+
+    def convert(self, key: str, tensor: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
+        """What stands in the int8 checkpoint for one tensor of the float one."""
+        module = self._module(key)
+        if module is None:
+            return {key: tensor.contiguous()}
+        if tensor.shape != module.weight.shape or not tensor.is_floating_point():
+            problem = f"is {tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(key, problem, f"float {list(module.weight.shape)}, as the model has it", file)
+        # As from_pretrained would: first to the model's dtype.
+        packed = pack(tensor.to(self.dtype) if self.dtype is not None else tensor, is_conv1d(module))
+        prefix = key.removesuffix("weight")
+        result = {f"{prefix}{name}": value for name, value in entries(packed, self.format).items()}
+        if key == self._marked:
+            result[key] = mark(result[key])
+        return result
+
+    def quantization_config(self) -> dict[str, Any]:
+        left = [site.path for site in self.sites if not site.rewritten]
+        made = quantization_config(self.config, left, self.format)
+        return made if isinstance(made, dict) else dict(made.to_dict())
+
+    def _module(self, key: str) -> Any:
+        path, _, name = self._names.in_model(key).rpartition(".")
+        return self._int8[path].module if name == "weight" and path in self._int8 else None
+
+
+class _Names:
+    """From a checkpoint's names to those of the model, as transformers renames them while loading."""
+
+    def __init__(self, model: Any) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self._prefix, self._state = model.base_model_prefix, model.state_dict()
+
+    def in_model(self, key: str) -> str:
+        """The model's name for a tensor; empty if it is joined with others, and so stays as it is."""
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
+        return name if pattern is None else ""
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights; safetensors where there are both kinds."""
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = source / f"{stem}{ending}.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (source / name).exists()]
+            if missing:
+                raise CheckpointError(missing[0], f"is missing, which {index.name} names", "it", source)
+            return [source / name for name in names]
+        if (source / f"{stem}{ending}").exists():
+            return [source / f"{stem}{ending}"]
+    expected = "a folder with config.json and model.safetensors or pytorch_model.bin, whole or in shards"
+    raise OptionValueError("source", str(source), expected)
+
+
+def _keys(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_unpickled(file))
+    with _opened(file) as opened:
+        return list(opened.keys())
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """A file's tensors, one at a time."""
+    if file.suffix == ".bin":
+        yield from _unpickled(file).items()
+        return
+    with _opened(file) as opened:
+        for key in opened.keys():  # noqa: SIM118 (it is no dict)
+            yield key, opened.get_tensor(key)
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError("the file", f"cannot be read ({error})", "a whole safetensors file", file) from error
+
+
+def _unpickled(file: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        loaded: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        problem = f"cannot be read ({str(error).splitlines()[0]})"
+        raise CheckpointError("the file", problem, "a pickle of nothing but tensors", file) from error
+    return loaded
+
+
+def _output_name(name: str) -> str:
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+
+
+def _open_target(target: Path, files: list[Path], config: Int8Config, format: str) -> None:
+    """Make the folder, or make sure that it is what an interrupted run of the same kind left."""
+    stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    manifest = {"files": stats, "config": config.to_dict(), "format": format}
+    left = target / _MANIFEST
+    if target.exists() and any(target.iterdir()):
+        if not left.exists():
+            raise OptionValueError("target", str(target), "a folder that does not exist or is empty")
+        if json.loads(left.read_text()) != manifest:
+            expected = "one that a run with the same source and options left unfinished; remove it to start anew"
+            raise OptionValueError("target", str(target), expected)
+        for part in target.glob("*.part"):
+            part.unlink()
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    _write_json(left, manifest)
+
+
+def _finish(source: Path, target: Path, plan: _Plan) -> None:
+    for file in source.iterdir():
+        ours = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == "config.json"
+        if file.is_file() and not ours:
+            shutil.copy2(file, target / file.name)
+    content = json.loads((source / "config.json").read_text())
+    _write_json(target / "config.json", {**content, "quantization_config": plan.quantization_config()})
+    (target / _MANIFEST).unlink()
+
+
+def _write_json(path: Path, content: object) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Outputs of an int8 checkpoint beside those of the float one: relative error, and how often the best agree."""
+
+    error: float
+    agreement: float
+
+
+def compare(source: Path, target: Path, format: str) -> Comparison:
+    """Run both checkpoints on the same random tokens.
+
+    Raises:
+        OptionValueError: a format that this package writes but does not read, or a model that takes no tokens.
+        CheckpointError: the int8 model's outputs are not finite where the float model's are.
+    """
+    if format == "compressed-tensors":
+        raise OptionValueError("verify", True, "False for compressed-tensors, which is read by others")
+    config = transformers.AutoConfig.from_pretrained(source)
+    family = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    model = family.from_pretrained(source)
+    if model.main_input_name != "input_ids":
+        raise OptionValueError("verify", True, f"False for a model that takes {model.main_input_name}")
+    inputs = _random_tokens(model)
+    want = _outputs(model, inputs)
+    del model
+    take_over_bitsandbytes(format == "bitsandbytes")
+    try:
+        got = _outputs(family.from_pretrained(target), inputs)
+    finally:
+        take_over_bitsandbytes(False)
+    if want.isfinite().all() and not got.isfinite().all():
+        raise CheckpointError("the model's output", "is not finite", "finite numbers, as from the float model", target)
+    agreement = (got.argmax(-1) == want.argmax(-1)).double().mean()
+    return Comparison(float((got - want).norm() / want.norm()), float(agreement))
+
+
+def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens[:, :16]
+    return inputs
+
+
+@torch.no_grad()
+def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    first: torch.Tensor = model(**inputs, return_dict=False)[0]
+    return first.double()
