@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from int8compile.graph_text import dump
     from int8compile.inplace import dequantize_, quantize_
     from int8compile.lifetime import invalidate, restore_weights_
-    from int8compile.modules import Int8Linear
+    from int8compile.modules import Int8Linear, Int8MasterLinear
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
 
@@ -35,6 +35,7 @@ if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproje
 _HOME = {
     "Int8Config": "config",
     "Int8Linear": "modules",
+    "Int8MasterLinear": "modules",
     "Reason": "report",
     "Report": "report",
     "Site": "report",
@@ -51,6 +52,7 @@ _HOME = {
 __all__ = [
     "Int8Config",
     "Int8Linear",
+    "Int8MasterLinear",
     "Reason",
     "Report",
     "Site",

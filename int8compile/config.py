@@ -31,7 +31,8 @@ class Int8Config:
             (LLM.int8(), section 3.2). Any real number >= 0; 0 turns the decomposition off.
         llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
             dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
-        llm_int8_has_fp16_weight: training on 16-bit master weights. Not available yet: must be False.
+        llm_int8_has_fp16_weight: keep the weights as they are, so that they can train, and quantise them at each
+            call; outlier features are multiplied with the true weights. Costs memory and time.
         llm_int8_enable_fp32_cpu_offload: accepted for compatibility; a compiled graph runs wherever its
             tensors are, so it changes nothing here.
         outlier_policy: ``"column"`` is the paper's rule, in which an outlier marks its feature for every row
@@ -80,13 +81,6 @@ class Int8Config:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise OptionValueError(name, getattr(self, name), "True or False")
-        if self.llm_int8_has_fp16_weight:
-            raise OptionValueError(
-                "llm_int8_has_fp16_weight",
-                True,
-                "False (training on 16-bit weights is not available yet; freeze the weights with "
-                "requires_grad_(False) and train adapters on top)",
-            )
         if isinstance(self.min_features, bool) or not isinstance(self.min_features, int) or self.min_features < 0:
             raise OptionValueError("min_features", self.min_features, "an integer >= 0")
         _one_of("outlier_policy", self.outlier_policy, OUTLIER_POLICIES)

@@ -19,12 +19,12 @@ from torch import nn
 from int8compile import native, rules
 from int8compile.config import Int8Config
 from int8compile.errors import ModuleError
-from int8compile.modules import Int8Linear, is_conv1d
+from int8compile.modules import Int8Linear, Int8MasterLinear, is_conv1d
 from int8compile.report import GraphReport, Reason, Report, Site, WeightUse
 from int8compile.weights import Packed, pack
 
 # Linears whose forward is their own and still no more than a linear.
-_KNOWN_LINEARS = ("FalconLinear",)
+_KNOWN_LINEARS = ("FalconLinear", "Int8MasterLinear")
 
 # PyTorch's modules that read their linears' weights past the linears' own forward.
 _FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -52,7 +52,8 @@ class Found:
 def quantize_(model: nn.Module, config: object = None) -> Report:
     """Turn a model's linears (``nn.Linear`` and GPT-2's ``Conv1D``) into ``Int8Linear``, in place.
 
-    Weights that linears share stay shared. Biases, hooks and everything else stay as they are; weights no longer train.
+    Weights that linears share stay shared. Biases, hooks and everything else stay as they are; weights no longer train,
+    unless ``llm_int8_has_fp16_weight`` keeps them: then linears become ``Int8MasterLinear``.
     A model on the meta device becomes an int8 skeleton for ``load_state_dict(..., assign=True)``.
 
     Args:
@@ -101,12 +102,13 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     if dtype is not None and not dtype.is_floating_point:
         raise ModuleError(f"dequantize_(model, dtype={dtype}): expected a floating-point dtype")
     shared: dict[int, nn.Parameter] = {}
-    modules = _by_identity(model, Int8Linear)
+    modules = _by_identity(model, (Int8Linear, Int8MasterLinear))
     for module, paths in modules:
-        assert isinstance(module, Int8Linear)
+        assert isinstance(module, (Int8Linear, Int8MasterLinear))
+        key = id(module.weight)
         new = module.to_float(dtype)
         # Two linears that shared an int8 weight share the float one.
-        new.weight = shared.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type,assignment]
+        new.weight = shared.setdefault(key, new.weight)  # type: ignore[arg-type,assignment]
         _replace(model, paths, module, new)
     return len(modules)
 
@@ -142,7 +144,8 @@ def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
     """Replace linears on the meta device by empty ``Int8Linear``, to be filled from a checkpoint."""
     for linear in found:
         if linear.site.reason is Reason.REWRITTEN:
-            _replace(model, linear.paths, linear.module, Int8Linear.from_float(linear.module, config))
+            kind = Int8MasterLinear if config.llm_int8_has_fp16_weight else Int8Linear
+            _replace(model, linear.paths, linear.module, kind.from_float(linear.module, config))
 
 
 def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
@@ -151,6 +154,9 @@ def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> Non
     shared: dict[int, Packed] = {}
     while linears:
         module, paths = linears[0].module, linears.popleft().paths
+        if config.llm_int8_has_fp16_weight:
+            _replace(model, paths, module, Int8MasterLinear.from_float(module, config))
+            continue
         key = id(module.weight)
         packed = shared.get(key)
         if packed is None:
@@ -177,6 +183,8 @@ class _Facts:
         n, k = matrix_shape(module)
         if isinstance(module, Int8Linear):
             reason, detail, dtype = Reason.PREQUANTIZED, "", module.float_dtype
+        elif isinstance(module, Int8MasterLinear) and self.config.llm_int8_has_fp16_weight:
+            reason, detail, dtype = Reason.PREQUANTIZED, "16-bit weight", weight.dtype
         else:
             (reason, detail), dtype = self._reason(module, weight, paths, k, n), weight.dtype
         return Site(paths[0], k, n, str(dtype).removeprefix("torch."), reason, detail)
@@ -192,6 +200,7 @@ class _Facts:
             or ((Reason.FUSED, "") if id(module) in self.fused else None)
             or rules.shape_refusal(tuple(weight.shape), k)
             or rules.dtype_refusal(weight.dtype)
+            or ((Reason.CUSTOM, "Conv1D") if self.config.llm_int8_has_fp16_weight and is_conv1d(module) else None)
             or next(by_caller, None)
             or next(filter(None, by_name), None)
             or rules.size_refusal(k, n, self.config)
@@ -264,17 +273,18 @@ def _provider(model: nn.Module, config: Int8Config) -> str:
     return native.choose_provider(config.kernels, tensors).name if tensors else "chosen at the first call"
 
 
-def _use(found: Found) -> WeightUse:
+def _use(found: Found, config: Int8Config) -> WeightUse:
     """Bytes of a linear's weight before and after."""
     weight, site = found.module.weight, found.site
     assert isinstance(weight, torch.Tensor)
     dtype = found.module.float_dtype if isinstance(found.module, Int8Linear) else weight.dtype
-    int8_bytes = weight.numel() + 4 * site.out_features if site.rewritten else 0
-    return WeightUse(id(weight), weight.numel() * dtype.itemsize, int8_bytes, not site.rewritten)
+    in_int8 = site.rewritten and not config.llm_int8_has_fp16_weight
+    int8_bytes = weight.numel() + 4 * site.out_features if in_int8 else 0
+    return WeightUse(id(weight), weight.numel() * dtype.itemsize, int8_bytes, not in_int8)
 
 
 def _graph_report(found: list[Found], provider: str, config: Int8Config) -> GraphReport:
-    sites, uses = [f.site for f in found], [_use(f) for f in found]
+    sites, uses = [f.site for f in found], [_use(f, config) for f in found]
     patterns = config.llm_int8_skip_modules
     unmatched = tuple(p for p in patterns if not any(rules.names(p, site.path) for site in sites))
     return GraphReport("", provider, sites, uses, unmatched=unmatched)

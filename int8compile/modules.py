@@ -16,7 +16,7 @@ from torch import nn
 from int8compile import native
 from int8compile.config import Int8Config
 from int8compile.formats import SERIALIZED, read_packed
-from int8compile.ops import linear
+from int8compile.ops import linear, master_linear
 from int8compile.weights import Packed, pack
 
 
@@ -160,6 +160,44 @@ class Int8Linear(nn.Module):
         if packed is not None:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = packed
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Int8MasterLinear(nn.Linear):
+    """A linear that trains in float and multiplies in int8 (``llm_int8_has_fp16_weight=True``).
+
+    Its weight is an ordinary Parameter (so are its state dict and its gradients), quantised anew at each call; outlier
+    features are multiplied with the weight itself. Training and evaluation compute the same function.
+    """
+
+    threshold: float
+    outlier_policy: str
+    kernels: str
+
+    @classmethod
+    def from_float(cls, module: nn.Module, config: Int8Config) -> Int8MasterLinear:
+        """With the Parameters of an ``nn.Linear``; they are not copied."""
+        assert isinstance(module.weight, nn.Parameter)
+        n, k = module.weight.shape
+        self = cls(k, n, bias=module.bias is not None, device="meta")
+        self.weight, self.bias = module.weight, module.bias  # type: ignore[assignment]
+        self.threshold, self.outlier_policy = config.llm_int8_threshold, config.outlier_policy
+        self.kernels = config.kernels
+        return self.train(module.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
+        load_kernels(self.kernels, self.weight.device.type)
+        out: torch.Tensor = master_linear(x, self.weight, self.bias, self.threshold, self.outlier_policy)
+        return out
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ``nn.Linear`` with the same Parameters, cast if need be."""
+        module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        module.weight, module.bias = self.weight, self.bias
+        return module.to(dtype).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,12 +2,15 @@
 
     aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, policy)
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case
+    aten.linear(x, w, b)           ->  int8compile.master_linear(x, w, b, threshold, policy), if weights are to train
 
 ``w_int8`` and ``w_scale`` are lifted inputs. What stays float keeps its node, and its Site says for which Reason. So
 does a call of ``int8compile.linear`` that was in the user's graph: an ``Int8Linear``, which holds int8 weights itself.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import fx
@@ -16,7 +19,7 @@ from int8compile import rules
 from int8compile.capture import is_constant, site_path
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
-from int8compile.passes.calls import LinearCall
+from int8compile.ops import master_linear
 from int8compile.passes.context import PassContext
 from int8compile.passes.effects import regions, storage_of, written_storages
 from int8compile.passes.normalize import LINEAR, resolve_transposes
@@ -27,21 +30,26 @@ _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.em
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
     facts = _Facts(graph, context)
-    for node in graph.find_nodes(op="call_function", target=int8_linear):
-        context.sites[node] = prequantized_site(node)
+    for target in (int8_linear, master_linear):
+        for node in graph.find_nodes(op="call_function", target=target):
+            context.sites[node] = prequantized_site(node)
     changes = 0
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         site = context.sites[node] = facts.decide(node)
         if not site.rewritten:
             continue
+        changes += 1
         x, weight, bias = node.args
-        lifted = context.capture.lift((resolve_transposes(weight),))
         config = context.config
+        if config.llm_int8_has_fp16_weight:
+            trained = (x, weight, bias, config.llm_int8_threshold, config.outlier_policy)
+            context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
+            continue
+        lifted = context.capture.lift((resolve_transposes(weight),))
         args = (x, lifted.weight, lifted.scale, bias, config.llm_int8_threshold, config.outlier_policy)
         new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
         context.replace(node, new)
         _erase_dead_transpose(graph, weight)
-        changes += 1
     return changes
 
 
@@ -92,13 +100,14 @@ class _Facts:
             return Reason.DTYPE, ""
         shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
+        trainable = trainable and self.regions[node][1] and not self.config.llm_int8_has_fp16_weight
         return (
             rules.shape_refusal(tuple(weight.shape), k)
             or next(filter(None, (rules.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
             or rules.name_refusal(path, shared, self.config)
             or ((Reason.MUTATED, "") if storage_of(root) in self.written else None)
             or rules.size_refusal(k, n, self.config)
-            or ((Reason.TRAINABLE, "") if trainable and self.regions[node][1] else None)
+            or ((Reason.TRAINABLE, "") if trainable else None)
             or (Reason.REWRITTEN, "")
         )
 
@@ -118,9 +127,10 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 
 
 def prequantized_site(node: fx.Node) -> Site:
-    """The site of an ``int8compile.linear`` that the user's model calls itself."""
-    call, out = LinearCall.of(node), meta_tensor(node)
-    weight = meta_tensor(call.weight)
+    """The site of an ``int8compile.linear`` or ``master_linear`` that the user's model calls itself."""
+    root, _ = resolve_transposes(cast(fx.Node, node.args[1]))
+    out, weight = meta_tensor(node), meta_tensor(cast(fx.Node, node.args[1]))
     n, k = weight.shape if weight is not None else (0, 0)
     dtype = str(out.dtype).removeprefix("torch.") if out is not None else "?"
-    return Site(site_path(node, call.weight), int(k), int(n), dtype, Reason.PREQUANTIZED)
+    detail = "16-bit weight" if node.target is master_linear else ""
+    return Site(site_path(node, root), int(k), int(n), dtype, Reason.PREQUANTIZED, detail)

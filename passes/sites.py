@@ -10,6 +10,7 @@ from torch import fx
 from int8compile.capture import Capture, is_constant, site_path
 from int8compile.graph_text import meta_tensor
 from int8compile.ops import linear as int8_linear
+from int8compile.ops import master_linear
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import FUSED
 from int8compile.passes.normalize import match_linear
@@ -29,7 +30,7 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))
-        elif node.op == "call_function" and node.target is int8_linear:
+        elif node.op == "call_function" and node.target in (int8_linear, master_linear):
             sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from int8compile.capture import is_constant
 from int8compile.errors import VerifyError
 from int8compile.graph_text import dump, meta_tensor, meta_value, target_name
-from int8compile.ops import linear, quantize_rowwise, scaled_mm
+from int8compile.ops import linear, master_linear, quantize_rowwise, scaled_mm
 from int8compile.ops._library import FLOAT_DTYPES
 from int8compile.passes.calls import LinearCall, ScaledMmCall
 from int8compile.passes.context import PassContext, argument_values
@@ -24,7 +24,7 @@ from int8compile.passes.context import PassContext, argument_values
 
 def verify(graph: fx.Graph, context: PassContext) -> int:
     for node in graph.nodes:
-        if node.target in (linear, scaled_mm, quantize_rowwise):
+        if node.target in (linear, master_linear, scaled_mm, quantize_rowwise):
             _check_call(graph, context, node)
     _check_inputs(graph, context)
     return 0
@@ -43,7 +43,7 @@ def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
     for want, have in zip(_tensors(expected), _tensors(meta_value(node)), strict=True):
         if _differ(want.shape, have.shape):
             _fail(graph, f"{node.name} is {list(have.shape)} where its operator gives {list(want.shape)}")
-    if node.target is quantize_rowwise:
+    if node.target in (quantize_rowwise, master_linear):
         return
     call = LinearCall.of(node) if node.target is linear else ScaledMmCall.of(node)
     pairs = {lifted.weight: lifted.scale for lifted in context.capture.lifted.values()}

@@ -104,7 +104,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     """What from_pretrained calls on its way; ``report`` says what became of each linear."""
 
     requires_calibration = False
-    is_qat_trainable = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if isinstance(quantization_config, BitsAndBytesConfig):
@@ -125,6 +124,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return bool(self.config.llm_int8_has_fp16_weight)
 
     @property
     def is_compileable(self) -> bool:
