@@ -47,7 +47,9 @@ def logits(model, inputs):
 def test_all_linear_finds_every_int8_linear(name, count):
     model, inputs = int8_model(name)
     before = logits(model, inputs)
-    model = lora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = lora(model)
     assert len(adapted(model)) == count
     assert (logits(model, inputs) - before).norm() > 1e-3 * before.norm()
     with model.disable_adapter():

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from compiling import compile_eager
 from model_zoo import ZOO, Entry, output
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -181,7 +182,7 @@ def test_generates_and_compiles(tmp_path):
 def test_the_backend_takes_a_loaded_model_whole(tmp_path):
     loaded, inputs = int8_model(tmp_path)
     with torch.no_grad():
-        out = torch.compile(loaded, backend="int8", options=SMALL)(**inputs).logits
+        out = compile_eager(loaded)(**inputs).logits
     report = int8compile.last_report()
     assert report.summary() == "14 of 15 linears, 1 left in float (OUTPUT_EMBEDDING lm_head)"
     assert not report.breaks
@@ -246,14 +247,18 @@ def test_offload_to_disk_is_int8_too(tmp_path):
 def test_a_process_that_does_not_know_us_fails_and_one_that_does_loads(tmp_path):
     loaded, _ = int8_model(tmp_path)
     loaded.save_pretrained(tmp_path / "int8")
-    load_it = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('int8')"
-    run = subprocess.run([sys.executable, "-c", load_it], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode != 0
-    assert "RuntimeError" in run.stderr
-    assert "model.layers.0.mlp.down_proj.weight" in run.stderr or "q_proj.weight" in run.stderr
+    script = (
+        "from transformers import AutoModelForCausalLM\n"
+        "try:\n    AutoModelForCausalLM.from_pretrained('int8')\n"
+        "except RuntimeError:\n    import int8compile.integrations.transformers\n"
+        "    AutoModelForCausalLM.from_pretrained('int8')\n"
+        "else:\n    raise SystemExit('loaded codes as floats')\n"
+    )
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "layers.0.mlp.down_proj.weight" in run.stderr  # which transformers says does not fit
     assert "int8compile" in run.stderr
-    registered = "import int8compile.integrations.transformers; " + load_it
-    subprocess.run([sys.executable, "-c", registered], cwd=tmp_path, capture_output=True, check=True)
 
 
 def test_what_the_file_holds(tmp_path):

@@ -36,6 +36,10 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
         self.fan_in_fan_out = False  # [N, K] whatever it was made of
         self._unmerged: tuple[Packed, torch.Tensor | None] | None = None
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, Int8Linear)
+        return module.in_features, module.out_features
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         return {(): None}
