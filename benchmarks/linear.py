@@ -31,7 +31,8 @@ from rich.console import Console
 
 from benchmarks import common, targets
 from benchmarks.common import Timing
-from benchmarks.linear_contenders import AbsentError, Case, Prepare, Prepared, WrongResultError, contenders
+from benchmarks.linear_contenders import Case, Prepare, Prepared, WrongResultError, contenders
+from benchmarks.peer_modules import AbsentError
 
 SHAPES = "576x1536,1536x576,2048x2048,4096x4096,4096x11008"
 ROTATED_ROWS = 16  # up to this M, weights come from memory

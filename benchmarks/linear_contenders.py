@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,12 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.peer_modules import linear8bit, peer
+
 THRESHOLD = 6.0
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # relative error that a float product and its rounding may have
-
-
-class AbsentError(Exception):
-    """A contender cannot run here; the message says why."""
 
 
 class WrongResultError(Exception):
@@ -183,7 +177,7 @@ def torchao(case: Case, dtype: torch.dtype) -> Prepared:
     Frozen weights are constants of the compiled code, so one graph holds all copies, each with an activation of its
     own (one that they shared would be quantised only once). This spares torchao guards at each linear, as in a model.
     """
-    quantization = _peer("torchao", "quantization")
+    quantization = peer("torchao", "quantization")
     copies = case.copies(1)
     x = case.x.to(dtype)
     layers = nn.ModuleList()
@@ -206,13 +200,9 @@ def torchao(case: Case, dtype: torch.dtype) -> Prepared:
 
 def bitsandbytes(case: Case, dtype: torch.dtype) -> Prepared:
     """``Linear8bitLt`` with LLM.int8()'s threshold and 4 outlier columns."""
-    bnb = _peer("bitsandbytes", "nn")
+    bnb = peer("bitsandbytes", "nn")
     x = case.with_outliers(4).to(dtype)
-    layers = []
-    for weight in case.weights(case.copies(1), dtype):
-        layer = bnb.Linear8bitLt(case.k, case.n, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
-        layer.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        layers.append(layer.to("cpu").eval())
+    layers = [linear8bit(bnb, weight, None, THRESHOLD) for weight in case.weights(case.copies(1), dtype)]
     expected = x.double() @ case.weight.to(dtype).double().t()
     # It casts to fp16 on the way, and takes more of a row as outliers than the formula does.
     tolerance = 1.1 * _int8_error(case.weight, x, dtype) + 2e-3
@@ -251,17 +241,3 @@ def _int8_error(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> fl
     noise = row_scale.square().sum() * weight.square().sum() + weight_scale.square().sum() * x.square().sum()
     signal = x.square().sum() * weight.square().sum() / weight.shape[1]  # |X W^T|^2 for independent X and W
     return 1.25 * float((noise / 12 / signal).sqrt()) + EPSILON[dtype]
-
-
-def _peer(package: str, module: str) -> Any:
-    """A module of a peer's.
-
-    Raises:
-        AbsentError: it is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise AbsentError(f"{package} is not installed (pip install 'int8compile[bench]')")
-    warnings.filterwarnings("ignore")
-    for name in ("torch", "torchao", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return importlib.import_module(f"{package}.{module}")

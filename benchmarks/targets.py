@@ -28,7 +28,6 @@ class Row:
         value: the worst of all cases measured; None: nothing was.
         worst: the case it is of.
         met: how many cases meet the target, of how many.
-        note: why there is no value.
     """
 
     target: str
@@ -38,29 +37,27 @@ class Row:
     met: int
     of: int
     at_most: bool = False
-    note: str = ""
 
     @property
     def verdict(self) -> str:
-        """``met``, ``missed by 12 %`` (of the limit), or why there is no answer."""
+        """``met``, ``missed by 12%`` (of the limit; the difference, for one to stay under), or ``not measured``."""
         if self.value is None:
-            return self.note or "not measured"
+            return "not measured"
         if self.met == self.of:
             return "met"
-        missed = self.value / self.limit - 1 if self.at_most else 1 - self.value / self.limit
-        return f"missed by {missed:.0%}"
+        if self.at_most:
+            return f"missed by {self.value - self.limit:.2f}"
+        return f"missed by {1 - self.value / self.limit:.0%}"
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "verdict": self.verdict}
 
 
-def row(
-    target: str, limit: float, values: Iterable[tuple[str, float]], *, at_most: bool = False, note: str = ""
-) -> Row:
+def row(target: str, limit: float, values: Iterable[tuple[str, float]], *, at_most: bool = False) -> Row:
     """A Row from the values of all its cases, each with its name."""
     found = [(case, value) for case, value in values if math.isfinite(value)]
     if not found:
-        return Row(target, limit, None, "", 0, 0, at_most, note)
+        return Row(target, limit, None, "", 0, 0, at_most)
     worst = (max if at_most else min)(found, key=lambda item: item[1])
     met = sum(value <= limit if at_most else value >= limit for _, value in found)
     return Row(target, limit, worst[1], worst[0], met, len(found), at_most)
