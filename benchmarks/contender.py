@@ -20,41 +20,117 @@ import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-BACKENDS = ("eager", "inductor", "int8", "emulation")
+FLOATS = ("float32", "bfloat16", "float16")
+#: backend -> the dtypes it can have
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "eager": FLOATS,
+    "inductor": FLOATS,
+    "frozen": FLOATS,  # inductor, with freezing: weights are constants, prepacked
+    "autotuned": FLOATS,  # the same with max-autotune
+    "int8": FLOATS,
+    "int8-head": FLOATS,  # the output embedding in int8 too
+    "emulation": FLOATS,  # see benchmarks/emulation.py
+    "torchao": FLOATS,  # int8 dynamic, by inductor with freezing and max-autotune
+    "torchao-weights": FLOATS,  # int8 weights alone, likewise; without freezing unless in bfloat16
+    "bitsandbytes": FLOATS,
+    "onnxruntime": ("float32",),
+    "llama.cpp": ("q8_0",),
+}
+FLOAT_BACKENDS = ("eager", "inductor", "frozen", "autotuned")
+PEERS = ("torchao", "torchao-weights", "bitsandbytes", "onnxruntime", "llama.cpp")
+
+_AUTOTUNED = {"freezing": True, "max_autotune": True}
+_COMPILED: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "inductor": ("inductor", None),
+    "frozen": ("inductor", {"freezing": True}),
+    "autotuned": ("inductor", _AUTOTUNED),
+    "torchao": ("inductor", _AUTOTUNED),
+    "torchao-weights": ("inductor", _AUTOTUNED),
+    "int8": ("int8", None),
+    "int8-head": ("int8", {"skip_output_embeddings": False}),
+}
+
+
+def make_model(
+    path: str, dtype: str, backend: str, device: str, options: dict[str, Any] | None, threads: int | None
+) -> Any:
+    """What a contender's process holds: a ``Model``, or a peer with the same methods.
+
+    Raises:
+        AbsentError: the peer is not installed, or cannot run such a model.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if backend == "onnxruntime":
+        from benchmarks.peer_onnx import OnnxRuntime
+
+        return OnnxRuntime(load(path, dtype))
+    if backend == "llama.cpp":
+        from benchmarks.peer_llamacpp import LlamaCpp
+
+        return LlamaCpp(load(path, "float32"))
+    return Model(path, dtype, backend, device, options)
+
+
+def load(path: str, dtype: str) -> Any:
+    """A causal language model in eval mode, and no gradients in this process from now on.
+
+    Args:
+        path: a transformers folder or hub id, or ``shape:NAME`` for one of ``benchmarks/random_llama.py``.
+        dtype: name of the dtype that weights and activations have.
+    """
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    if path.startswith("shape:"):
+        from benchmarks.random_llama import random_llama
+
+        return random_llama(path.removeprefix("shape:"), getattr(torch, dtype))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.eval()
 
 
 class Model:
     """A causal language model of transformers, compiled (or not), and its static cache.
 
     Args:
-        path: a transformers folder or hub id.
+        path: as for ``load``.
         dtype: name of the dtype that weights and activations have, such as ``"float32"``.
-        backend: ``"eager"``, a backend of torch.compile, or ``"emulation"`` (see ``benchmarks/emulation.py``).
+        backend: of ``BACKENDS``, those that are not peers with a runtime of their own.
         device: such as ``"cpu"`` or ``"cuda"``.
-        options: for torch.compile.
+        options: for torch.compile; None: those of the backend.
     """
 
     def __init__(self, path: str, dtype: str, backend: str, device: str, options: dict[str, Any] | None) -> None:
         import torch
-        import transformers
 
-        warnings.filterwarnings("ignore")
-        logging.getLogger("torch").setLevel(logging.ERROR)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        torch.set_grad_enabled(False)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        self.model = model.to(device).eval()
+        from benchmarks import peer_modules
+
+        self.model = load(path, dtype).to(device)
         self.device = device
         if backend == "emulation":
             from benchmarks.emulation import emulate_
 
             emulate_(self.model)
-        if backend in ("eager", "emulation"):
+        elif backend.startswith("torchao"):
+            peer_modules.quantize_torchao_(self.model, weight_only=backend == "torchao-weights")
+        elif backend == "bitsandbytes":
+            peer_modules.quantize_bitsandbytes_(self.model)
+        if backend not in _COMPILED:
             self.forward = self.model
         else:
+            name, usual = _COMPILED[backend]
+            if backend == "torchao-weights" and dtype != "bfloat16":
+                usual = {"max_autotune": True}  # freezing would turn int8 weights back into floats
             # Static, because a prompt and a single token shall each have the graph that suits them best.
-            self.forward = torch.compile(self.model, backend=backend, dynamic=False, options=options)
+            self.forward = torch.compile(self.model, backend=name, dynamic=False, options=options or usual)
 
     def open_cache(self, length: int, tokens: list[int] | None = None) -> None:
         """Make a static cache for ``length`` tokens that holds ``tokens``. Call it before anything is compiled.
@@ -79,6 +155,7 @@ class Model:
         logits = self.forward(ids, use_cache=False).logits
         self._wait()
         seconds = time.perf_counter() - start
+        self.last = logits[0, -1]
         return seconds, float(cross_entropy(logits[0, :-1].float(), ids[0, 1:]))
 
     def decode(self, tokens: list[int], count: int) -> tuple[list[int], list[float]]:
@@ -98,7 +175,12 @@ class Model:
             seconds.append(time.perf_counter() - start)
             if not pending:
                 new.append(token)
+        self.last = logits[0, -1]
         return new, seconds
+
+    def last_logits(self) -> Any:
+        """Logits [vocabulary] after the last token of the latest ``score`` or ``decode``, as a float32 array."""
+        return self.last.float().cpu().numpy().copy()
 
     def tensor_bytes(self) -> int:
         """Bytes of all tensors alive in this process, but for those of the cache; each storage counted once."""
@@ -120,6 +202,14 @@ class Model:
 
         return int8compile.last_report()
 
+    def int8_bytes(self) -> tuple[int, int]:
+        """Bytes of all int8 weights and their scales, and bytes of the same weights in 16 bits; zeros without any."""
+        from int8compile.weights import STORE
+
+        graphs = getattr(self.report(), "graphs", [])
+        rewritten = {use.key: use.float_bytes for graph in graphs for use in graph.weights if use.int8_bytes}
+        return STORE.nbytes(), 2 * sum(rewritten.values()) // self.model.dtype.itemsize
+
     def _ids(self, tokens: list[int]) -> Any:
         import torch
 
@@ -140,14 +230,14 @@ def _has_memory(storage: Any) -> bool:
         return False
 
 
-_model: Model | None = None  # the one model of a contender's process
+_model: Any = None  # the one model of a contender's process
 
 
 def _call(method: str, args: tuple[Any, ...]) -> Any:
     global _model
     try:
         if method == "__init__":
-            _model = Model(*args)
+            _model = make_model(*args)
             return None
         return getattr(_model, method)(*args)
     except Exception as error:
@@ -166,10 +256,12 @@ class Contender:
         backend: str,
         device: str = "cpu",
         options: dict[str, Any] | None = None,
+        threads: int | None = None,
     ) -> None:
+        self.backend = backend
         self.name = f"{dtype}-{backend}"
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self.loaded = self._pool.submit(_call, "__init__", (path, dtype, backend, device, options))
+        self.loaded = self._pool.submit(_call, "__init__", (path, dtype, backend, device, options, threads))
 
     def submit(self, method: str, *args: Any) -> Future[Any]:
         """Call a method of ``Model`` there."""
