@@ -32,8 +32,20 @@ lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff format --check
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml  # from here it sees the installed package, passes/ included
 
-bench: $(INSTALLED)	## times and perplexity of a model, and the sizes from which int8 pays
-	$(BIN)/python -m benchmarks.model
+# The other int8 libraries are installed for this alone; the JSON files stay in .cache/.
+PEERS := .venv/installed-peers
+$(PEERS): $(INSTALLED)
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' --config-settings editable_mode=strict
+	touch $@
+
+bench: $(PEERS)	## int8 against float and other int8 libraries, into benchmarks/results (an hour)
+	mkdir -p .cache/bench
+	$(BIN)/python -m benchmarks.linear --json .cache/bench/linear.json
+	$(BIN)/python -m benchmarks.calls --json .cache/bench/calls.json
+	$(BIN)/python -m benchmarks.model --peers --json .cache/bench/model.json
+	$(BIN)/python -m benchmarks.model --peers --shape llama-3.2-1b --json .cache/bench/llama.json
+	$(BIN)/python -m benchmarks.results .cache/bench/*.json
 	$(BIN)/python -m benchmarks.min_features
 
 clean:	## remove .venv, builds and caches (the downloaded model too)
