@@ -211,7 +211,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         for panel in panels[:count]:
             panel.axhline(1, color="0.5", linewidth=0.8)
             panel.set_ylabel("speed, fastest float = 1")
-            panel.legend(fontsize=7, ncols=2)
+            panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         figure.tight_layout()
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)
@@ -238,7 +238,10 @@ def _draw_model(panel: Any, result: dict[str, Any]) -> None:
 
 
 def _bars(panel: Any, groups: list[str], series: dict[str, list[float]]) -> None:
+    from matplotlib import colormaps
+
     width = 0.85 / max(1, len(series))
+    colors = [colormaps["tab20"](i) for i in range(20)]
     for i, (name, heights) in enumerate(series.items()):
         ours = name.startswith("ours") or "int8" in name
         panel.bar(
@@ -246,6 +249,7 @@ def _bars(panel: Any, groups: list[str], series: dict[str, list[float]]) -> None
             heights,
             width,
             label=name,
+            color=f"C{i}" if len(series) <= 10 else colors[i % len(colors)],
             edgecolor="black" if ours else "none",
             linewidth=0.6,
         )
