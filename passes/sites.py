@@ -21,6 +21,8 @@ from int8compile.report import Reason, Site, WeightUse
 def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
     """The sites in graph order, those too that no pass looked at (a disabled pass, a nested graph, a fused call)."""
     sites = []
+    # A product that merge made stands for several sites, which are at the parts of its result.
+    lifted = {pair.weight for pair in context.capture.lifted.values()}
     for node in graph.nodes:
         if node in context.sites:
             sites.append(context.sites[node])
@@ -30,7 +32,9 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))
-        elif node.op == "call_function" and node.target in (int8_linear, master_linear):
+        elif (
+            node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted
+        ):
             sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)
