@@ -33,8 +33,8 @@ _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm", "__matmul__"}
 _ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
-_T = {torch.t, aten.t.default, "t"}
-_SWAP = {torch.transpose, aten.transpose.int, "transpose", torch.swapaxes, "swapaxes"}
+_T = {torch.t, aten.t.default, "t", aten.numpy_T.default, aten.mT.default}
+_SWAP = {torch.transpose, aten.transpose.int, "transpose", torch.swapaxes, "swapaxes", aten.swapaxes.default}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 
 _INT8 = {int8_linear, torch.ops.int8compile.linear}

@@ -25,7 +25,8 @@ from int8compile.passes.effects import regions, storage_of, written_storages
 from int8compile.passes.normalize import LINEAR, resolve_transposes
 from int8compile.report import Reason, Site
 
-_EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
+#: where each takes its table
+_EMBEDDINGS = {torch.nn.functional.embedding: 1, torch.embedding: 0, torch.ops.aten.embedding.default: 0}
 
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
@@ -66,9 +67,7 @@ class _Facts:
         self.config = context.config
         self.regions = regions(graph, context.grad_enabled)
         self.written = written_storages(graph)
-        tables = [
-            n.args[1] if len(n.args) > 1 else n.kwargs.get("weight") for n in graph.nodes if n.target in _EMBEDDINGS
-        ]
+        tables = [_table(n) for n in graph.nodes if n.target in _EMBEDDINGS]
         self.embeddings = {storage_of(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings |= {self._real_storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings.discard(None)
@@ -120,6 +119,12 @@ class _Facts:
         if not isinstance(example, torch.Tensor) or _is_fake(example):
             return None
         return int(example.untyped_storage()._cdata)
+
+
+def _table(node: fx.Node) -> object:
+    """The weight of an embedding."""
+    position = _EMBEDDINGS[node.target]
+    return node.args[position] if len(node.args) > position else node.kwargs.get("weight")
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
