@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from int8compile.archive import load, save
     from int8compile.backend import int8
     from int8compile.config import Int8Config
     from int8compile.explanation import explain
+    from int8compile.exporting import export
     from int8compile.graph_text import dump
     from int8compile.inplace import dequantize_, quantize_
     from int8compile.lifetime import invalidate, restore_weights_
@@ -42,11 +44,14 @@ _HOME = {
     "dequantize_": "inplace",
     "dump": "graph_text",
     "explain": "explanation",
+    "export": "exporting",
     "int8": "backend",
     "invalidate": "lifetime",
     "last_report": "session",
+    "load": "archive",
     "quantize_": "inplace",
     "restore_weights_": "lifetime",
+    "save": "archive",
 }
 
 __all__ = [
@@ -59,11 +64,14 @@ __all__ = [
     "dequantize_",
     "dump",
     "explain",
+    "export",
     "int8",
     "invalidate",
     "last_report",
+    "load",
     "quantize_",
     "restore_weights_",
+    "save",
 ]
 
 

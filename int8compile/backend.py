@@ -57,7 +57,7 @@ def compile_rewritten(
     release = native.release_storage() if config.release_weights else None
     captured, report = rewrite(gm, example_inputs, config, provider)
     session.record(report, inductor.compiled_callable())
-    _announce(report)
+    announce(report)
     compiled = compiler(captured.gm, _compile_inputs(captured), config, provider)
     return _runner(captured, compiled, release)
 
@@ -67,21 +67,27 @@ def rewrite(
 ) -> tuple[Capture, GraphReport]:
     """Copy Dynamo's graph and run the passes on the copy."""
     captured = capture(gm, example_inputs, inductor.fake_mode_of(gm))
-    context = PassContext(captured, config, grad_enabled=torch.is_grad_enabled())
+    report = rewrite_capture(captured, config, provider, grad_enabled=torch.is_grad_enabled())
+    report.compile_id = inductor.compile_id()
+    report.graph_break = inductor.graph_break_of(gm)
+    return captured, report
+
+
+def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *, grad_enabled: bool) -> GraphReport:
+    """Run the passes on a graph of our own, Dynamo's or an exported one."""
+    context = PassContext(captured, config, grad_enabled=grad_enabled)
     counts, seconds = run(PIPELINE, context)
     sites = complete_sites(captured.graph, context)
     patterns = config.llm_int8_skip_modules
-    report = GraphReport(
-        compile_id=inductor.compile_id(),
+    return GraphReport(
+        compile_id="-",
         provider=provider.name,
         sites=sites,
         weights=weight_uses(captured),
-        graph_break=inductor.graph_break_of(gm),
         unmatched=tuple(p for p in patterns if not any(names(p, site.path) for site in sites)),
         pass_counts=counts,
         pass_seconds=seconds,
     )
-    return captured, report
 
 
 def _compile_inputs(captured: Capture) -> list[Any]:
@@ -110,7 +116,7 @@ def _runner(
     return call
 
 
-def _announce(report: GraphReport) -> None:
+def announce(report: GraphReport) -> None:
     """Say once a graph what was done: at INFO, or at WARNING where nothing was or gradients stood in the way."""
     whole = Report([report])
     refusal = whole.commonest_refusal()

@@ -1,9 +1,12 @@
-"""Dynamo's graph, copied and made ours: which inputs are constant, and int8 weights as new inputs.
+"""A graph made ours: which inputs are constant, and int8 weights as new inputs.
 
 Dynamo's own graph must not be changed (it reads it again while making guards), so everything works on a copy. A
 parameter is an ordinary graph input there, marked by ``meta["int8compile_constant"]``. A rewritten site reads its int8
 weight and scale from *lifted* inputs that stand behind Dynamo's; what fills them at each call is written down as a
 ``Lifted``. Baking the tensors into the graph instead would be wrong: two instances of one class share one graph.
+
+In an exported program parameters are inputs too, so the same ``Capture`` serves it (``exporting.py``). There the lifted
+inputs stand before the user's, as parameters do, and are filled once.
 """
 
 from __future__ import annotations
@@ -37,9 +40,16 @@ class Lifted:
 class Capture:
     """A graph of our own, its lifted weights, and the example input and position of each of Dynamo's inputs."""
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -> None:
-        """Take a graph whose placeholders correspond to ``example_inputs`` one by one, as it is (no copy)."""
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any, lift_before: fx.Node | None = None
+    ) -> None:
+        """Take a graph whose placeholders correspond to ``example_inputs`` one by one, as it is (no copy).
+
+        Args:
+            lift_before: the placeholder that lifted inputs are put before; None puts them behind all others.
+        """
         self.gm = gm
+        self.lift_before = lift_before
         self.fake_mode = fake_mode
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self.examples = dict(zip(placeholders, example_inputs, strict=True))
@@ -88,11 +98,12 @@ class Capture:
         return [node for node in self.graph.find_nodes(op="placeholder") if node in self.position]
 
     def _new_input(self, name: str, text: str, value: torch.Tensor) -> fx.Node:
-        last = list(self.graph.find_nodes(op="placeholder"))[-1]
-        with self.graph.inserting_after(last):
+        inputs = list(self.graph.find_nodes(op="placeholder"))
+        before = self.lift_before
+        with self.graph.inserting_after(inputs[-1]) if before is None else self.graph.inserting_before(before):
             node = self.graph.placeholder(name)
         node._dynamo_source = None  # type: ignore[attr-defined]
-        node.meta["example_value"] = value
+        node.meta["val" if "val" in inputs[0].meta else "example_value"] = value
         # As Dynamo marks parameters: a static address, which CUDA graphs need not copy.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.meta["int8compile_input"] = text
@@ -101,10 +112,7 @@ class Capture:
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -> Capture:
     """A ``Capture`` of a copy of Dynamo's graph."""
-    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
-    copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copied)
-    graph.output(output)
+    graph, copied = copied_graph(gm.graph)
     ours = fx.GraphModule(gm, graph)
     # What Dynamo and AOTAutograd keep on the module and on placeholders beside node.meta.
     for name, value in gm.__dict__.items():
@@ -116,6 +124,18 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -
             node._dynamo_source = source  # type: ignore[attr-defined]
             mark_constant(node, source)
     return Capture(ours, example_inputs, fake_mode)
+
+
+def copied_graph(original: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each of its nodes but the output."""
+    graph = fx.Graph(tracer_cls=original._tracer_cls)
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(original, copied))
+    graph.output_node().meta.update(original.output_node().meta)
+    for theirs, ours in copied.items():
+        if ours.name != theirs.name:  # such as "input", which FX gives to no new node; signatures go by names
+            ours.name = theirs.name
+    return graph, copied
 
 
 def mark_constant(node: fx.Node, source: object) -> None:

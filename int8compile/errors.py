@@ -64,3 +64,11 @@ class CheckpointError(Int8CompileError, ValueError):
     def __init__(self, key: str, problem: str, expected: str, file: object = None) -> None:
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{key} {problem}; expected {expected}.")
+
+
+class ExportError(Int8CompileError, TypeError):
+    """``export`` or ``package`` was given something that it cannot take."""
+
+
+class ProgramFileError(Int8CompileError, ValueError):
+    """A file that ``load`` cannot take: not ours, damaged, of a newer format, or with something in it to unpickle."""

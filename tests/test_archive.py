@@ -1,0 +1,194 @@
+"""``save`` and ``load``: what comes back is what went in, half as large, and nothing in a file is unpickled."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import int8compile
+from int8compile.archive import FORMAT_VERSION
+from int8compile.errors import ExportError, ProgramFileError
+
+
+class Model(nn.Module):
+    def __init__(self, size: int = 32) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(24, size), nn.Linear(size, size), nn.Linear(size, 24, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("offset", torch.ones(size), persistent=False)
+
+    def forward(self, ids, *, scale=2.0):
+        hidden = self.fc(self.table(ids)) * scale + self.offset
+        return {"logits": self.head(hidden), "hidden": [hidden]}
+
+
+IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+DYNAMIC = {"ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, "scale": None}
+
+
+@pytest.fixture
+def program() -> torch.export.ExportedProgram:
+    return int8compile.export(Model().eval(), (IDS,), {"scale": 2.0}, DYNAMIC, {"min_features": 0})
+
+
+@pytest.fixture
+def saved(program, tmp_path) -> Path:
+    int8compile.save(program, tmp_path / "model.pt2")
+    return tmp_path / "model.pt2"
+
+
+def rewrite_zip(path: Path, change) -> Path:
+    """A copy of an archive, each record as ``change(name, data)`` gives it; None leaves it out."""
+    target = path.with_name("changed.pt2")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
+        for info in source.infolist():
+            data = change(info.filename.split("/", 1)[1], source.read(info.filename))
+            if data is not None:
+                out.writestr(info.filename, data)
+    return target
+
+
+def test_what_comes_back_is_what_went_in(program, saved):
+    back = int8compile.load(saved)
+    assert {name: value.dtype for name, value in back.state_dict.items()} == {
+        name: value.dtype for name, value in program.state_dict.items()
+    }
+    assert back.state_dict["head.weight"].data_ptr() == back.state_dict["table.weight"].data_ptr()
+    assert str(back.graph_signature) == str(program.graph_signature)
+    for ids in (IDS, torch.tensor([[1, 2, 3, 4, 5]])):
+        expected, actual = program.module()(ids, scale=2.0), back.module()(ids, scale=2.0)
+        torch.testing.assert_close(actual, expected)
+    # What is kept of the example inputs is what they looked like.
+    (ids,), keywords = back.example_inputs
+    assert torch.equal(ids, torch.zeros_like(IDS))
+    assert keywords == {"scale": 2.0}
+    assert program.example_inputs[0][0] is IDS
+    assert back.graph_module.meta["int8compile"]["report"]["rewritten"] == 1
+    assert back.graph_module.meta["int8compile"]["config"]["min_features"] == 0
+    # And once more.
+    int8compile.save(back, saved.with_name("again.pt2"))
+    torch.testing.assert_close(
+        int8compile.load(saved.with_name("again.pt2")).module()(IDS, scale=2.0), program.module()(IDS, scale=2.0)
+    )
+
+
+def test_a_process_that_knows_only_the_package_runs_it(program, saved):
+    code = (
+        "import sys, torch, int8compile\n"
+        "program = int8compile.load(sys.argv[1])\n"
+        "out = program.module()(torch.tensor([[3, 4, 5], [6, 7, 8]]), scale=2.0)\n"
+        "print(out['logits'].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], cwd="/", check=True, capture_output=True, text=True)
+    torch.testing.assert_close(
+        torch.tensor(json.loads(done.stdout)), program.module()(IDS, scale=2.0)["logits"], check_dtype=False
+    )
+
+
+def test_the_file_is_about_half_of_the_16_bit_one(tmp_path):
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))).eval().bfloat16()
+    x = torch.randn(2, 512, dtype=torch.bfloat16)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "float.pt2")
+    int8compile.save(int8compile.export(model, (x.expand(3, 2, 512).contiguous(),)), tmp_path / "int8.pt2")
+    ratio = (tmp_path / "int8.pt2").stat().st_size / (tmp_path / "float.pt2").stat().st_size
+    assert 0.48 < ratio < 0.54
+    # Nor does it tell where it was made.
+    assert str(Path.cwd()).encode() not in (tmp_path / "int8.pt2").read_bytes()
+
+
+def test_files_that_are_something_else(saved, program, tmp_path):
+    """(1) text (2) a truncated program (3) plain torch.export (4) a checkpoint (5) no file."""
+    (tmp_path / "text.pt2").write_text("hello")
+    (tmp_path / "short.pt2").write_bytes(saved.read_bytes()[:-100])
+    torch.export.save(program, tmp_path / "plain.pt2")
+    torch.save({"a": torch.ones(1)}, tmp_path / "checkpoint.pt2")
+    for name, message in (
+        ("text", "text.pt2 is truncated, or not a file of int8compile.save at all"),
+        ("short", "short.pt2 is truncated, or not a file of int8compile.save at all"),
+        ("plain", "program of torch.export.save; `import int8compile.ops` and torch.export.load read it"),
+        ("checkpoint", "was not written by int8compile.save: it is some other archive"),
+    ):
+        with pytest.raises(ProgramFileError, match=message):
+            int8compile.load(tmp_path / f"{name}.pt2")
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.pt2"):
+        int8compile.load(tmp_path / "nothing.pt2")
+
+
+def test_newer_and_damaged_formats(saved):
+    def newer(name, data):
+        return json.dumps({**json.loads(data), "format_version": FORMAT_VERSION + 1}) if "int8compile" in name else data
+
+    with pytest.raises(ProgramFileError, match=f"has format version {FORMAT_VERSION + 1}.*install a newer one"):
+        int8compile.load(rewrite_zip(saved, newer))
+    with pytest.raises(ProgramFileError, match=r"damaged: extra/int8compile\.json cannot be read"):
+        int8compile.load(rewrite_zip(saved, lambda name, data: b"{" if "int8compile" in name else data))
+    with pytest.raises(ProgramFileError, match=r"cannot be\s*read with torch"):
+        int8compile.load(rewrite_zip(saved, lambda name, data: None if name.endswith("weight_0") else data))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("something was unpickled",))
+
+
+def test_nothing_is_unpickled(saved):
+    """(1) pickled sample inputs (2) a weight (3) a constant marked as a pickle (4) an object (5) an old-style file."""
+    bomb = pickle.dumps(Bomb())
+
+    def sample_inputs(name, data):
+        return bomb if "sample_inputs" in name else data
+
+    def marked(part):
+        def change(name, data):
+            if name == f"data/{part}/model_{part}_config.json":
+                return data.replace(b'"use_pickle": false', b'"use_pickle": true')
+            return bomb if name.startswith(f"data/{part}/") else data
+
+        return change
+
+    def without_mark(name, data):
+        return data.replace(b'"use_pickle": false, ', b"") if name.endswith("weights_config.json") else data
+
+    for change in (sample_inputs, marked("weights"), marked("constants"), without_mark):
+        with pytest.raises(ProgramFileError, match="holds pickled data"):
+            int8compile.load(rewrite_zip(saved, change))
+    for extra in ("data/constants/custom_obj_0", "data/weights/model.pt", "serialized_state_dict.pt", "version"):
+        path = rewrite_zip(saved, lambda _, data: data)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(archive.namelist()[0].split("/")[0] + "/" + extra, bomb)
+        with pytest.raises(ProgramFileError, match=f"holds '{extra}', which int8compile.save does not write"):
+            int8compile.load(path)
+
+
+def test_a_save_that_fails_leaves_the_old_file(program, saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fails(_, path, **__):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch.export, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        int8compile.save(program, saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_what_cannot_be_saved_is_named(program, tmp_path):
+    with pytest.raises(ExportError, match=r"path is 'model\.pt'; expected one that ends in '\.pt2'"):
+        int8compile.save(program, "model.pt")
+    with pytest.raises(ExportError, match="program is Model; expected an ExportedProgram"):
+        int8compile.save(Model(), tmp_path / "model.pt2")
+
+    class Strange(torch.Tensor):
+        pass
+
+    program.constants["offset"] = torch.ones(32).as_subclass(Strange)
+    with pytest.raises(ExportError, match="offset is Strange; only plain tensors can be saved"):
+        int8compile.save(program, tmp_path / "model.pt2")
