@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from int8compile.inplace import dequantize_, quantize_
     from int8compile.lifetime import invalidate, restore_weights_
     from int8compile.modules import Int8Linear, Int8MasterLinear
+    from int8compile.packaging import load_package, package
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
 
@@ -49,6 +50,8 @@ _HOME = {
     "invalidate": "lifetime",
     "last_report": "session",
     "load": "archive",
+    "load_package": "packaging",
+    "package": "packaging",
     "quantize_": "inplace",
     "restore_weights_": "lifetime",
     "save": "archive",
@@ -69,6 +72,8 @@ __all__ = [
     "invalidate",
     "last_report",
     "load",
+    "load_package",
+    "package",
     "quantize_",
     "restore_weights_",
     "save",

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -59,15 +59,51 @@ def compile_graph(
     """
     decompositions = None if provider.native else {**select_decomp_table(), **REFERENCES}
     patches = {**list_mode_options(config.mode or "default"), **config.inductor}
-    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config, provider)):  # type: ignore[attr-defined]
+    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config, provider.native)):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)
     function: Callable[..., Any] = compiled
     return function
 
 
-def _cache_tag(config: Int8Config, provider: Provider) -> str:
+def compile_package(
+    program: torch.export.ExportedProgram,
+    path: str,
+    config: Int8Config,
+    *,
+    native: bool,
+    portable: bool,
+    metadata: Mapping[str, str],
+) -> None:
+    """Compile an exported program into an AOTInductor package.
+
+    Args:
+        native: whether our operators stay calls. If not, the package holds their reference bodies compiled.
+        portable: compile for any x86-64 CPU with AVX2 instead of for this one.
+        metadata: texts that go into the package.
+    """
+    if not native:
+        program = program.run_decompositions(dict(REFERENCES))
+    patches = {**list_mode_options(config.mode or "default"), **config.inductor}
+    patches["aot_inductor.metadata"] = {**patches.get("aot_inductor.metadata", {}), **metadata}
+    if portable:
+        patches |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
+    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config, native)):  # type: ignore[attr-defined]
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=patches)
+
+
+def can_compile_for_other_cpus() -> bool:
+    """Whether this torch lets the target CPU of generated C++ be chosen."""
+    return hasattr(torch._inductor.config.cpp, "march")
+
+
+def load_package(path: str) -> Any:
+    """A package's model, which is called as the exported program is."""
+    return torch._inductor.aoti_load_package(path)
+
+
+def _cache_tag(config: Int8Config, native: bool) -> str:
     outer: str = torch.compiler.config.cache_key_tag
-    parts = f"{sources_digest()} {config.fingerprint()} native={provider.native}"
+    parts = f"{sources_digest()} {config.fingerprint()} native={native}"
     return f"{outer} int8compile-{hashlib.sha256(parts.encode()).hexdigest()[:16]}".strip()
 
 

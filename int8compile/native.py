@@ -47,6 +47,10 @@ LIBRARIES = {
 }
 
 
+# torch's build links libtorch_python, which nothing here uses and a C++ program that takes the library does not have.
+_LINK_FLAGS = ["-Wl,--as-needed"] if sys.platform == "linux" else []
+
+
 class Provider(NamedTuple):
     """Who computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``."""
 
@@ -179,6 +183,7 @@ def _compile(name: str, library: Library, sources: Sequence[Path], target: Path)
                 f"int8compile_{name}",
                 [str(path) for path in sources],
                 extra_cflags=list(library.flags),
+                extra_ldflags=_LINK_FLAGS,
                 build_directory=str(scratch),
                 is_python_module=False,
             )

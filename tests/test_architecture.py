@@ -21,7 +21,7 @@ FLOORS = [
     ("passes", "inplace", "archive"),
     ("inductor", "lifetime"),
     ("backend",),
-    ("explanation", "diagnosis", "exporting"),
+    ("explanation", "diagnosis", "exporting", "packaging"),
     ("integrations",),
     ("convert",),
     ("cli",),

@@ -1,0 +1,33 @@
+// The operators' schemas, for processes in which no Python has defined them: an AOTInductor package run from C++.
+//
+// Under Python they are int8compile/ops/*.py's, which are there before this library is loaded, and these stay unused.
+// The texts are the same, and tests/test_packaging.py compares them. Kernels may be registered before their schema is,
+// so the order of initialisation among this library's files does not matter.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace {
+
+constexpr const char* kSchemas[] = {
+    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
+    "str outlier_policy=\"column\") -> Tensor",
+    "quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",
+    "input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+};
+
+// Lives as long as the process: a Library takes its definitions back when it goes.
+[[maybe_unused]] torch::Library* const kLibrary = []() -> torch::Library* {
+  if (c10::Dispatcher::singleton().findSchema({"int8compile::linear", ""}).has_value()) {
+    return nullptr;
+  }
+  auto* library = new torch::Library(torch::Library::DEF, "int8compile", std::nullopt, __FILE__, __LINE__);
+  for (const char* schema : kSchemas) {
+    library->def(schema, {at::Tag::pt2_compliant_tag});
+  }
+  return library;
+}();
+
+}  // namespace
