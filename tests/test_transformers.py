@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 
@@ -257,7 +258,7 @@ def test_a_process_that_does_not_know_us_fails_and_one_that_does_loads(tmp_path)
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "layers.0.mlp.down_proj.weight" in run.stderr  # which transformers says does not fit
+    assert re.search(r"layers\.0\.\w+\.\w+\.weight.*MISMATCH", run.stderr), run.stderr
     assert "int8compile" in run.stderr
 
 
