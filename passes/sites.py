@@ -32,9 +32,7 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
             sites.append(_site(node))
-        elif (
-            node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted
-        ):
+        elif node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted:
             sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)
