@@ -76,4 +76,9 @@ def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         return kernels
     kernels["available"] = torch.ops.int8compile_native.isas().split()
     kernels["chosen"] = torch.ops.int8compile_native.isa()
+    rejected = torch.ops.int8compile_native.rejected().split()
+    if rejected:
+        problems.append(
+            f"the {', '.join(rejected)} kernels compute wrong numbers on this CPU and are not used: report it"
+        )
     return kernels

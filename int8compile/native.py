@@ -173,6 +173,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(name: str, library: Library, sources: Sequence[Path], target: Path) -> None:
     from torch.utils.cpp_extension import load as compile_and_load
 
+    import int8compile.ops  # noqa: F401 (what is compiled is loaded too, and their schemas come first)
+
     for left_over in target.parent.parent.glob(f"building-{target.parent.name}-*"):
         shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed; we hold its lock
     print(f"int8compile: compiling the {name} library (once, up to a minute or two) ...", file=sys.stderr, flush=True)
