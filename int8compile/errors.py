@@ -51,7 +51,7 @@ class ReleasedWeightError(Int8CompileError, RuntimeError):
 
 
 class CaptureError(Int8CompileError, TypeError):
-    """``explain`` was given something that cannot be called or compiled."""
+    """``explain`` was given something that cannot be called, or a golden something that cannot be traced."""
 
 
 class ModuleError(Int8CompileError, ValueError):

@@ -8,7 +8,8 @@ Golden tests, ``explain()`` and the debug log all print this form, one node a li
     return %2
 
 Values are numbered and symbolic sizes renamed (s0, s1, ...) by first appearance, ``.default`` is dropped and
-floats are printed with ``%g``: argument names, hashed symbols and addresses never reach the text.
+floats are printed with ``%g``: argument names, hashed symbols and addresses never reach the text. ``DUMP_VERSION``
+counts the changes of this form, each of which makes all goldens differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
+
+DUMP_VERSION = 1
 
 _DTYPES = {
     torch.float64: "f64",

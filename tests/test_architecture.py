@@ -24,7 +24,7 @@ FLOORS = [
     ("explanation", "diagnosis", "exporting", "packaging"),
     ("integrations",),
     ("convert",),
-    ("cli",),
+    ("testing", "cli"),
 ]
 
 FILES = [*sorted((ROOT / "int8compile").rglob("*.py")), *sorted((ROOT / "passes").rglob("*.py"))]
