@@ -6,6 +6,7 @@ With ``--json`` the answer on stdout is one JSON document and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -130,6 +131,104 @@ def quantize(
         out.print(f"outputs: relative error {comparison.error:.3g}, {agreement}", highlight=False)
 
 
+Model = Annotated[
+    str, typer.Argument(help="A transformers folder or hub name, or module:function that returns (model, args).")
+]
+Threshold = Annotated[float, typer.Option(help="llm_int8_threshold")]
+Skip = Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")]
+MinFeatures = Annotated[int, typer.Option(help="Smaller linears stay in float.")]
+Kernels = Annotated[str, typer.Option(help="auto, native or reference")]
+
+
+@app.command()
+def explain(
+    model: Model,
+    threshold: Threshold = 6.0,
+    skip: Skip = None,
+    min_features: MinFeatures = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Say which linears of a model would run in int8, which would not, and why. Compiles nothing.
+
+    Example: int8compile explain ./SmolLM2-135M
+    """
+    with failures_to_stderr(), _status(f"looking at {model}", as_json):
+        import torch
+
+        from int8compile.explanation import explain as explain_model
+        from int8compile.named_models import find
+
+        found = find(model)
+        with torch.no_grad():
+            report = explain_model(
+                found.model, *found.args, options=_options(threshold, skip, min_features), **found.kwargs
+            )
+    print_json(report.to_dict()) if as_json else out.print(report)
+
+
+@app.command()
+def export(
+    model: Model,
+    target: Annotated[Path, typer.Argument(help="The program to write, NAME.pt2.")],
+    threshold: Threshold = 6.0,
+    skip: Skip = None,
+    min_features: MinFeatures = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model as an int8 program, which int8compile.load reads without the model's source.
+
+    Example: int8compile export ./SmolLM2-135M smollm2.pt2
+    """
+    with failures_to_stderr(), _status(f"exporting {model}", as_json):
+        from int8compile.archive import save
+        from int8compile.exporting import export as export_model
+        from int8compile.named_models import find
+        from int8compile.session import last_report
+
+        program = export_model(*find(model), config=_options(threshold, skip, min_features))
+        save(program, target)
+        report = last_report()
+    summary = report.summary() if report is not None else ""
+    size = target.stat().st_size
+    if as_json:
+        print_json({"path": str(target), "bytes": size, "report": report and report.to_dict()})
+    else:
+        out.print(f"{target}: {size / 2**20:.1f} MiB, {summary}", highlight=False)
+
+
+@app.command()
+def package(
+    program: Annotated[Path, typer.Argument(help="A program that `int8compile export` wrote.")],
+    target: Annotated[Path, typer.Argument(help="The package to write, NAME.pt2.")],
+    kernels: Kernels = "auto",
+    portable: Annotated[bool, typer.Option("--portable", help="For any x86-64 CPU with AVX2, not this one.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a program ahead of time, to be run from Python or C++ (see examples/cpp). Takes a minute or more.
+
+    Example: int8compile package smollm2.pt2 smollm2.aoti.pt2
+    """
+    with failures_to_stderr(), _status(f"compiling {program}", as_json):
+        from int8compile.archive import load
+        from int8compile.packaging import package as make_package
+
+        make_package(load(program, kernels), target, {"kernels": kernels}, portable=portable)
+    size = target.stat().st_size
+    if as_json:
+        print_json({"path": str(target), "bytes": size})
+    else:
+        out.print(f"{target}: {size / 2**20:.1f} MiB", highlight=False)
+
+
+def _options(threshold: float, skip: list[str] | None, min_features: int) -> dict[str, Any]:
+    return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
+
+
+def _status(text: str, quiet: bool) -> contextlib.AbstractContextManager[object]:
+    """A spinner on stderr while something goes on."""
+    return contextlib.nullcontext() if quiet else err.status(text)
+
+
 class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
     """Turns an error of ours into its message on stderr and exit code 1."""
 
@@ -137,7 +236,7 @@ class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Int8CompileError):
+        if isinstance(error, (Int8CompileError, FileNotFoundError)):
             err.print(f"int8compile: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
 

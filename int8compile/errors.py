@@ -72,3 +72,10 @@ class ExportError(Int8CompileError, TypeError):
 
 class ProgramFileError(Int8CompileError, ValueError):
     """A file that ``load`` cannot take: not ours, damaged, of a newer format, or with something in it to unpickle."""
+
+
+class ModelNameError(Int8CompileError, ValueError):
+    """A name on the command line that stands for no model."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"model {name!r}: {problem}")

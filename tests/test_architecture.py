@@ -15,7 +15,7 @@ FLOORS = [
     ("report",),
     ("ops",),
     ("native", "rules"),
-    ("session", "capture", "weights"),
+    ("session", "capture", "weights", "named_models"),
     ("formats",),
     ("modules",),
     ("passes", "inplace", "archive"),
