@@ -1,0 +1,256 @@
+// linear, quantize_rowwise and scaled_mm for CUDA tensors: argument checks and memory, then run.cpp.
+//
+// The schemas are int8compile/ops/*.py's, and so is the meaning; the checks here are the same as theirs. Compiled by the
+// host's compiler alone. Scratch memory comes from torch's caching allocator, on the current stream, and goes back when
+// the call returns: later work on this stream may take it, which is in order, and in a CUDA graph it lies in the
+// graph's own pool.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "device.h"
+#include "run.h"
+
+namespace int8compile {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
+constexpr int64_t kMaxInFeatures = 131072;
+
+#define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
+
+bool is_float(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+Float float_type(at::ScalarType type) {
+  return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
+}
+
+void check_activation(const char* op, const Tensor& x) {
+  INT8COMPILE_CHECK(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]");
+  INT8COMPILE_CHECK(
+      is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
+}
+
+void check_threshold(const char* op, double threshold) {
+  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
+}
+
+// A tensor argument on x's device, of this dtype and shape; `source` says where one comes from.
+void check_tensor(
+    const char* op, const char* name, const Tensor& tensor, const Tensor& x, at::ScalarType dtype,
+    at::IntArrayRef sizes, const char* source = "") {
+  INT8COMPILE_CHECK(
+      tensor.device() == x.device() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, op, name, " is ",
+      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), "; expected ", dtype, " ", sizes, " on ",
+      x.device(), source);
+}
+
+void check_weight(
+    const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias) {
+  const int64_t k = x.size(-1);
+  INT8COMPILE_CHECK(
+      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.device() == x.device(), op, "weight is ",
+      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on ", x.device(),
+      " (quantize_weight makes one)");
+  INT8COMPILE_CHECK(
+      weight.size(1) == k, op, "weight is ", weight.sizes(), ", so it takes ", weight.size(1), " features, but x has ",
+      k);
+  INT8COMPILE_CHECK(
+      k <= kMaxInFeatures, op, "in_features=", k, " is more than ", kMaxInFeatures,
+      ", up to which int32 sums are exact: split the weight along K");
+  check_tensor(op, "weight_scale", weight_scale, x, at::kFloat, {weight.size(0)});
+  if (bias.has_value()) {
+    INT8COMPILE_CHECK(
+        bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ",
+        bias->sizes(), " on ", bias->device(), "; expected [", weight.size(0), "] on ", x.device());
+  }
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;  // by multiplication, since K may be 0
+  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) {
+    rows *= size;
+  }
+  return rows;
+}
+
+Activation activation(const Tensor& x) {
+  return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
+}
+
+Tensor empty_output(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
+  at::DimVector sizes(x.sizes());
+  sizes.back() = weight.size(0);
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
+// As float, and above 0 where it was.
+float to_threshold(double threshold) {
+  const float rounded = static_cast<float>(threshold);
+  return threshold > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;
+}
+
+std::atomic<bool> use_wgmma{false};
+std::atomic<const std::string*> forced_kernel{nullptr};
+
+Choice choice() {
+  const std::string* forced = forced_kernel.load();
+  return {use_wgmma.load(std::memory_order_relaxed), forced == nullptr ? nullptr : forced->c_str()};
+}
+
+// The operands as the kernels take them. Holds what had to be copied: a weight whose rows are contiguous is used as it
+// is, in whatever tensor they lie.
+struct Operands {
+  Tensor weight, weight_scale, bias;
+  Product product{};
+
+  Operands(const Tensor& w, const Tensor& scale, const OptionalTensor& b, Tensor& out)
+      : weight(w.stride(1) == 1 || w.size(1) <= 1 ? w : w.contiguous()), weight_scale(scale.contiguous()) {
+    if (b.has_value()) {
+      bias = (is_float(b->scalar_type()) ? *b : b->to(at::kFloat)).contiguous();
+    }
+    product.cols = weight.size(0);
+    product.weight = weight.const_data_ptr<int8_t>();
+    product.weight_stride = weight.stride(0);
+    product.weight_scale = weight_scale.const_data_ptr<float>();
+    product.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    product.bias_type = bias.defined() ? float_type(bias.scalar_type()) : Float::f32;
+    product.out = out.mutable_data_ptr();
+    product.out_type = float_type(out.scalar_type());
+  }
+};
+
+Tensor scratch_memory(int64_t bytes, const Tensor& x) {
+  return at::empty({bytes}, x.options().dtype(at::kByte));
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "int8compile::", op, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+Tensor linear(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
+    c10::string_view outlier_policy) {
+  constexpr const char* op = "linear";
+  check_activation(op, x);
+  check_threshold(op, threshold);
+  INT8COMPILE_CHECK(
+      outlier_policy == "column" || outlier_policy == "element", op, "outlier_policy='", outlier_policy,
+      "'; expected 'column' or 'element'");
+  check_weight(op, x, weight, weight_scale, bias);
+  const c10::DeviceGuard guard(x.device());
+  const Tensor values = x.contiguous();
+  Tensor out = empty_output(x, weight, x.scalar_type());
+  const Operands operands(weight, weight_scale, bias, out);
+  const float from = to_threshold(threshold);
+  const Problem problem{
+      activation(values), operands.product, {from, outlier_policy == "element" ? from : 0.0f}, choice()};
+  const Gpu gpu = current_gpu();
+  const Tensor scratch = scratch_memory(linear_scratch(problem, gpu), x);
+  check_launch(op, run_linear(problem, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
+  constexpr const char* op = "quantize_rowwise";
+  check_activation(op, x);
+  check_threshold(op, threshold);
+  const c10::DeviceGuard guard(x.device());
+  const Tensor values = x.contiguous();
+  const Activation rows = activation(values);
+  Tensor codes = at::empty({rows.rows, rows.k}, x.options().dtype(at::kChar));
+  Tensor scale = at::empty({rows.rows}, x.options().dtype(at::kFloat));
+  Tensor flags = at::empty({rows.k}, x.options().dtype(at::kBool));
+  // With threshold 0 no row sets a flag.
+  const Quantized q{
+      codes.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(),
+      static_cast<uint8_t*>(flags.mutable_data_ptr())};
+  check_launch(op, run_quantize(rows, to_threshold(threshold), q, current_stream(x.device())));
+  return {codes, scale, flags};
+}
+
+Tensor scaled_mm(
+    const Tensor& q, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers, const Tensor& weight,
+    const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype, double residual_from) {
+  constexpr const char* op = "scaled_mm";
+  check_activation(op, x);
+  const int64_t m = rows_of(x), k = x.size(-1);
+  check_tensor(op, "q", q, x, at::kChar, {m, k}, " (quantize_rowwise makes it)");
+  check_tensor(op, "row_scale", row_scale, x, at::kFloat, {m}, " (quantize_rowwise makes it)");
+  if (outliers.has_value()) {
+    check_tensor(op, "outliers", *outliers, x, at::kBool, {k}, " (quantize_rowwise makes it)");
+  }
+  check_weight(op, x, weight, weight_scale, bias);
+  INT8COMPILE_CHECK(is_float(out_dtype), op, "out_dtype=", out_dtype, "; expected float32, float16 or bfloat16");
+
+  const c10::DeviceGuard guard(x.device());
+  const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
+  const Tensor values = outliers.has_value() ? x.contiguous() : x;  // read for residuals alone
+  const Tensor flags = outliers.has_value() ? outliers->contiguous() : Tensor();
+  Tensor out = empty_output(x, weight, out_dtype);
+  const Operands operands(weight, weight_scale, bias, out);
+  const Problem problem{activation(values), operands.product, {0.0f, to_threshold(residual_from)}, choice()};
+  const Quantized quantized{
+      const_cast<int8_t*>(codes.const_data_ptr<int8_t>()), const_cast<float*>(scales.const_data_ptr<float>()),
+      flags.defined() ? static_cast<uint8_t*>(const_cast<void*>(flags.const_data_ptr())) : nullptr};
+  const Gpu gpu = current_gpu();
+  const Tensor scratch = scratch_memory(product_scratch(problem, quantized, gpu), x);
+  check_launch(op, run_product(problem, quantized, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
+  return out;
+}
+
+void enable_wgmma(bool enabled) {
+  use_wgmma = enabled;
+}
+
+void force_cuda_kernel(const std::string name) {
+  TORCH_CHECK_VALUE(
+      name == "auto" || is_kernel_name(name), "int8compile_native::force_cuda_kernel: name is '", name,
+      "'; expected auto or a name of plan.cpp's table");
+  // A few bytes a call are left behind on purpose: another thread may be reading the name.
+  forced_kernel = name == "auto" ? nullptr : new std::string(name);
+}
+
+// The dispatch table, for aligned operands of a GPU described by its capability (90) and multiprocessors.
+std::string cuda_kernel(int64_t m, int64_t n, int64_t k, int64_t capability, int64_t multiprocessors, bool quantized) {
+  const Gpu gpu{0, static_cast<int>(multiprocessors), static_cast<int>(capability)};
+  return name_of(plan({m, n, k, k > 0 && k % 16 == 0, !quantized}, gpu, {use_wgmma.load(), nullptr}));
+}
+
+}  // namespace
+}  // namespace int8compile
+
+INT8COMPILE_LIBRARY(m) {
+#ifdef INT8COMPILE_EMULATED
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
+      "str outlier_policy=\"column\") -> Tensor");
+  m.def("quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
+      "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor");
+#endif
+  m.def("enable_wgmma(bool enabled) -> ()", &int8compile::enable_wgmma);
+  m.def("force_cuda_kernel(str name) -> ()", &int8compile::force_cuda_kernel);
+  m.def(
+      "cuda_kernel(int m, int n, int k, int capability, int multiprocessors, bool quantized) -> str",
+      &int8compile::cuda_kernel);
+}
+
+INT8COMPILE_LIBRARY_IMPL(m) {
+  m.impl("linear", &int8compile::linear);
+  m.impl("quantize_rowwise", &int8compile::quantize_rowwise);
+  m.impl("scaled_mm", &int8compile::scaled_mm);
+}
