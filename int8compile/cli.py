@@ -65,7 +65,7 @@ def build(as_json: AsJson = False) -> None:
     from int8compile import native
 
     built: dict[str, Any] = {}
-    for name in native.LIBRARIES:
+    for name in native.wanted():
         start = time.perf_counter()
         with failures_to_stderr():
             path = native.build(name)

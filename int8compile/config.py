@@ -170,3 +170,11 @@ def cache_folder() -> Path:
 def cpu_isa() -> str:
     """The instruction set CPU kernels are held to, from ``INT8COMPILE_CPU_ISA``; ``auto`` takes the best there is."""
     return os.environ.get("INT8COMPILE_CPU_ISA") or "auto"
+
+
+def cuda_archs() -> str | None:
+    """The architectures that CUDA kernels are built for, from ``INT8COMPILE_CUDA_ARCHS`` ("80;90a"); None: those here.
+
+    For building where the GPU is not, as in a container image.
+    """
+    return os.environ.get("INT8COMPILE_CUDA_ARCHS") or None

@@ -23,7 +23,7 @@ def diagnose() -> dict[str, Any]:
     ``problems`` lists what keeps native kernels from being used, each with the way out; empty when all is well.
     """
     problems: list[str] = []
-    libraries = {name: _library(name) for name in native.LIBRARIES}
+    libraries = {name: _library(name) for name in native.wanted()}
     ready = all(library["built"] for library in libraries.values())
     found = {
         "int8compile": int8compile.__version__,

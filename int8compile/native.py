@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from int8compile.config import cache_folder, cpu_isa
+from int8compile.config import cache_folder, cpu_isa, cuda_archs
 from int8compile.errors import KernelBuildError
+from int8compile.nvidia import architectures, nvcc, nvcc_flags
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +39,26 @@ class Library(NamedTuple):
 
     folder: str
     flags: tuple[str, ...]
+    nvcc_flags: tuple[str, ...] = ()
 
 
 LIBRARIES = {
     # The reference rounds after every multiplication, so a fused multiply-add would give other bits.
     "cpu": Library("cpu", ("-O3", "-fopenmp", "-ffp-contract=off")),
     "common": Library("common", ("-O2",)),
+    # ... which the CUDA kernels see to themselves, operation by operation. For which GPUs: library_of().
+    "cuda": Library("cuda", ("-O2",), ("-O3",)),
 }
 
 
 # torch's build links libtorch_python, which nothing here uses and a C++ program that takes the library does not have.
 _LINK_FLAGS = ["-Wl,--as-needed"] if sys.platform == "linux" else []
+
+
+def wanted() -> list[str]:
+    """The names of the libraries that serve this machine: ``cuda`` only with a GPU, or where one is asked for."""
+    gpus = cuda_archs() is not None or torch.cuda.device_count() > 0
+    return [name for name in LIBRARIES if name != "cuda" or gpus]
 
 
 class Provider(NamedTuple):
@@ -68,21 +78,30 @@ def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> Provider:
     reference = Provider(f"reference ({', '.join(devices)})", native=False)
     if kernels == "reference":
         return reference
-    if devices != ["cpu"]:
+    if not {"cpu", "cuda"}.issuperset(devices):
         if kernels == "native":
             raise KernelBuildError(
                 f"kernels='native': this version has no native kernels for {', '.join(devices)}; use kernels='auto'"
             )
         return reference
+    # CPU tensors beside a GPU's are sizes and positions, not activations.
+    device = "cuda" if "cuda" in devices else "cpu"
     try:
-        load("cpu")
+        load(device)
         load("common")
     except KernelBuildError as error:
         if kernels == "native":
             raise
         _warn_once(f"int8: {error.args[0].splitlines()[0]}; the slower reference operators are used instead")
         return reference
-    return Provider(f"native {torch.ops.int8compile_native.isa()} (cpu)", native=True)
+    return Provider(f"native {_kernel_set(device)} ({device})", native=True)
+
+
+def _kernel_set(device: str) -> str:
+    """``avx2``; ``sm_90a``."""
+    if device == "cuda":
+        return ", ".join(f"sm_{name}" for name in architectures())
+    return str(torch.ops.int8compile_native.isa())
 
 
 @functools.cache
@@ -108,11 +127,14 @@ def load(name: str) -> None:
 def _load(name: str) -> None:
     import int8compile.ops  # noqa: F401 (their schemas come first)
 
-    torch.ops.load_library(str(build(name)))
+    library = build(name)
+    torch.ops.load_library(str(library))
     _loaded.add(name)
     if name == "cpu":
         torch.ops.int8compile_native.set_isa(cpu_isa())
         _warn_of_rejected()
+    if name == "cuda":
+        _enable_wgmma(library)
 
 
 def _warn_of_rejected() -> None:
@@ -139,20 +161,31 @@ def build(name: str) -> Path:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(cache / f"{target.parent.name}.lock"):
         if not target.exists():  # another process may have built it while this one waited
-            sources = [path for path in _files(LIBRARIES[name]) if path.suffix == ".cpp"]
-            _compile(name, LIBRARIES[name], sources, target)
+            library = library_of(name)
+            sources = [path for path in _files(library) if path.suffix in (".cpp", ".cu")]
+            _compile(name, library, sources, target)
     return target
 
 
 def library_path(name: str) -> Path:
     """Where the shared library is, or will be once built: its folder's name is a hash of all that goes into it."""
-    library = LIBRARIES[name]
+    library = library_of(name)
     return cache_folder() / f"{name}-{_digest(library, _files(library))}" / f"int8compile_{name}.so"
+
+
+def library_of(name: str) -> Library:
+    """A library as it is compiled here, which for ``cuda`` means: for the GPUs at hand.
+
+    Raises:
+        KernelBuildError: there is no GPU that it could be compiled for.
+    """
+    library = LIBRARIES[name]
+    return library._replace(nvcc_flags=library.nvcc_flags + nvcc_flags(architectures())) if name == "cuda" else library
 
 
 def _files(library: Library) -> list[Path]:
     folder = Path(str(resources.files("int8compile.csrc"))) / library.folder
-    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
 
 
 def _digest(library: Library, files: Sequence[Path]) -> str:
@@ -175,6 +208,10 @@ def _compile(name: str, library: Library, sources: Sequence[Path], target: Path)
 
     import int8compile.ops  # noqa: F401 (what is compiled is loaded too, and their schemas come first)
 
+    if library.nvcc_flags and nvcc() is None:
+        raise KernelBuildError(
+            f"the {name} kernels cannot be built: nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)"
+        )
     for left_over in target.parent.parent.glob(f"building-{target.parent.name}-*"):
         shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed; we hold its lock
     print(f"int8compile: compiling the {name} library (once, up to a minute or two) ...", file=sys.stderr, flush=True)
@@ -186,6 +223,7 @@ def _compile(name: str, library: Library, sources: Sequence[Path], target: Path)
                 [str(path) for path in sources],
                 extra_cflags=list(library.flags),
                 extra_ldflags=_LINK_FLAGS,
+                extra_cuda_cflags=list(library.nvcc_flags),
                 build_directory=str(scratch),
                 is_python_module=False,
             )
@@ -204,7 +242,7 @@ def _explain(name: str, error: Exception) -> str:
         return f"the {name} kernels cannot be built: no C++ compiler ({compiler}) was found\n{error}"
     if "ninja" in str(error).lower() and "Error building" not in str(error):
         return f"the {name} kernels cannot be built: ninja was not found (pip install ninja)\n{error}"
-    return f"the {name} kernels do not compile with {compiler}\n{error}"
+    return f"the {name} kernels do not compile with {'nvcc' if name == 'cuda' else compiler}\n{error}"
 
 
 def cxx() -> tuple[str, str | None]:
@@ -231,6 +269,41 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
+
+
+def _enable_wgmma(library: Path) -> None:
+    """Let the dispatch table choose Hopper's wgmma kernels where they have been proven, once a GPU model and build.
+
+    The proof runs in a process of its own, since kernels that fail could hang or take the process's CUDA context with
+    them; what comes of it is kept beside the library.
+    """
+    hopper = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) == (9, 0)]
+    if not hopper:
+        return
+    name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(hopper[0]))
+    verdict = library.parent / f"wgmma-{name}"
+    if not verdict.exists():
+        problem = _failed_proof(library, hopper[0])
+        verdict.write_text(problem)
+    problem = verdict.read_text()
+    if problem:
+        _warn_once(f"int8: the wgmma kernels are not used: {problem} (delete {verdict} to try again)")
+    else:
+        torch.ops.int8compile_native.enable_wgmma(True)
+
+
+def _failed_proof(library: Path, device: int) -> str:
+    """Why wgmma cannot be used; empty if it can."""
+    command = [sys.executable, "-m", "int8compile.proof", str(library), str(device)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"their proof did not end: {type(error).__name__}"
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+    return f"their proof failed: {lines[-1]}"
 
 
 def stamps(weights: list[torch.Tensor]) -> Any:

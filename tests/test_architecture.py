@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ("errors", "graph_text"),
     ("config",),
-    ("report",),
+    ("report", "nvidia"),
     ("ops",),
-    ("native", "rules"),
+    ("proof", "rules"),
+    ("native",),
     ("session", "capture", "weights", "named_models"),
     ("formats",),
     ("modules",),

@@ -62,11 +62,11 @@ def test_build_prints_where_and_leaves_what_is_there(empty_cache):
     # In processes of their own, since operators register once a process.
     first = json.loads(program("build", "--json").stdout)
     assert {name: built["path"] for name, built in first.items()} == {
-        name: str(native.library_path(name)) for name in native.LIBRARIES
+        name: str(native.library_path(name)) for name in native.wanted()
     }
-    times = [native.library_path(name).stat().st_mtime_ns for name in native.LIBRARIES]
+    times = [native.library_path(name).stat().st_mtime_ns for name in native.wanted()]
     assert program("build").stderr == ""
-    assert [native.library_path(name).stat().st_mtime_ns for name in native.LIBRARIES] == times
+    assert [native.library_path(name).stat().st_mtime_ns for name in native.wanted()] == times
 
 
 def test_build_fails_with_the_reason_on_stderr(empty_cache, monkeypatch):

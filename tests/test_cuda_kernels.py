@@ -172,6 +172,17 @@ def test_empty_and_odd_shapes_and_layouts(emulator):
     assert_close(got, REFERENCE["linear"](x, weight, scale, bias, 6.0), x, weight, scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_is_the_references(emulator, dtype):
+    for m, n, k in ((3, 7, 100), (1, 520000, 65), (0, 4, 8)):
+        _, weight, scale, _ = problem(1, n, k, dtype)
+        grad = torch.randn(2, m, n).to(dtype)
+        got = emulator.call("input_gradient", grad, weight, scale, dtype)
+        want = REFERENCE["input_gradient"](grad, weight, scale, dtype)
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2 * float(want.abs().max() if m else 0))
+
+
 def test_results_do_not_depend_on_the_schedule(emulator, force):
     x, weight, scale, bias = problem(20, 70, 1300, torch.float32, 3)
     for kernel in ("t32x64", "t64x64", "unaligned"):

@@ -94,9 +94,9 @@ struct Gemm {
 
   // Adds up the sums of the blocks that share a tile; false for all but the last of them, which has the total.
   __device__ static bool combine(
-      const SplitK& split, int64_t tile, int part, int* ticket, int32_t (&sums)[row_frags][col_frags][4]) {
+      const SplitK& split, unsigned tile, int part, int* ticket, int32_t (&sums)[row_frags][col_frags][4]) {
     constexpr int frags = row_frags * col_frags;
-    int4* parts = reinterpret_cast<int4*>(split.partial) + tile * split.splits * frags * threads;
+    int4* parts = reinterpret_cast<int4*>(split.partial) + int64_t(tile) * split.splits * frags * threads;
     int4* mine = parts + int64_t(part) * frags * threads;
 #pragma unroll
     for (int f = 0; f < frags; ++f) {
@@ -135,31 +135,30 @@ struct Gemm {
     char* shared = dynamic_shared();
     int* ticket = reinterpret_cast<int*>(shared + shared_bytes - 16);
     const int64_t m = args.x.rows, n = args.p.cols, k = args.x.k;
-    const int64_t part = blockIdx.x % args.split.splits, tile = blockIdx.x / args.split.splits;
-    const TilePlace at = place_of_tile(tile, divide_up(m, tile_rows), divide_up(n, tile_cols));
-    const int64_t row0 = at.row * tile_rows, col0 = at.col * tile_cols;
-    const int64_t steps_in_all = divide_up(k, depth);
-    const int64_t first = steps_in_all * part / args.split.splits;
-    const int64_t steps = steps_in_all * (part + 1) / args.split.splits - first;
+    const unsigned splits = args.split.splits, part = blockIdx.x % splits, tile = blockIdx.x / splits;
+    const TilePlace at = place_of_tile(tile, tiles_of<tile_rows>(m), tiles_of<tile_cols>(n));
+    const int64_t row0 = int64_t(at.row) * tile_rows, col0 = int64_t(at.col) * tile_cols;
+    const unsigned steps_in_all = tiles_of<depth>(k), first = steps_in_all * part / splits;
+    const int steps = static_cast<int>(steps_in_all * (part + 1) / splits - first);
     const Group block{static_cast<int>(threadIdx.x), threads, 0};
     const OutlierTile outliers(
         args.x, args.q, args.p, args.gathered, args.residual_from, row0, col0, tile_rows, tile_cols,
         shared + stages * stage_bytes);
 
-    const auto load_codes = [&](int64_t step) {
-      load<tile_rows>(shared + step % stages * stage_bytes, args.q.codes, k, row0, m, (first + step) * depth, k);
+    const auto load_codes = [&](int step) {
+      load<tile_rows>(shared + step % stages * stage_bytes, args.q.codes, k, row0, m, int64_t(first + step) * depth, k);
     };
-    const auto load_weight = [&](int64_t step) {
+    const auto load_weight = [&](int step) {
       load<tile_cols>(
           shared + step % stages * stage_bytes + tile_rows * depth, args.p.weight, args.p.weight_stride, col0, n,
-          (first + step) * depth, k);
+          int64_t(first + step) * depth, k);
     };
 
-    for (int64_t step = 0; step < stages - 1 && step < steps; ++step) {
+    for (int step = 0; step < stages - 1 && step < steps; ++step) {
       load_weight(step);
     }
     wait_for_previous_kernel();  // whatever comes from the activation is there from here on
-    for (int64_t step = 0; step < stages - 1; ++step) {
+    for (int step = 0; step < stages - 1; ++step) {
       if (step < steps) {
         load_codes(step);
       }
@@ -175,7 +174,7 @@ struct Gemm {
     const int warp = threadIdx.x / 32;
     const int row = warp / col_warps * row_frags * 16, col = warp % col_warps * col_frags * 8;
     int32_t sums[row_frags][col_frags][4] = {};
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       cp_async_wait<stages - 2>();
       __syncthreads();  // this stage is full, and everyone is done with the one before, which is filled next
       if (step + stages - 1 < steps) {
@@ -185,7 +184,7 @@ struct Gemm {
       cp_async_commit();
       multiply(shared + step % stages * stage_bytes, row, col, sums);
     }
-    if (args.split.splits > 1 && !combine(args.split, tile, static_cast<int>(part), ticket, sums)) {
+    if (splits > 1 && !combine(args.split, tile, static_cast<int>(part), ticket, sums)) {
       return;
     }
     if (!prepare) {
@@ -196,7 +195,7 @@ struct Gemm {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::threads, Config::threads == 256 ? 2 : 3) gemm(const __grid_constant__ GemmArguments args) {
+__global__ void __launch_bounds__(Config::threads, 1) gemm(const __grid_constant__ GemmArguments args) {
   Config::run(args);
 }
 

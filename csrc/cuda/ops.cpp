@@ -15,6 +15,7 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "device.h"
 #include "run.h"
 
@@ -26,12 +27,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
 constexpr int64_t kMaxInFeatures = 131072;
-
-#define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
-
-bool is_float(at::ScalarType type) {
-  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
-}
 
 Float float_type(at::ScalarType type) {
   return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
@@ -45,16 +40,6 @@ void check_activation(const char* op, const Tensor& x) {
 
 void check_threshold(const char* op, double threshold) {
   INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
-}
-
-// A tensor argument on x's device, of this dtype and shape; `source` says where one comes from.
-void check_tensor(
-    const char* op, const char* name, const Tensor& tensor, const Tensor& x, at::ScalarType dtype,
-    at::IntArrayRef sizes, const char* source = "") {
-  INT8COMPILE_CHECK(
-      tensor.device() == x.device() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, op, name, " is ",
-      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), "; expected ", dtype, " ", sizes, " on ",
-      x.device(), source);
 }
 
 void check_weight(
@@ -76,14 +61,6 @@ void check_weight(
         bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ",
         bias->sizes(), " on ", bias->device(), "; expected [", weight.size(0), "] on ", x.device());
   }
-}
-
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;  // by multiplication, since K may be 0
-  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) {
-    rows *= size;
-  }
-  return rows;
 }
 
 Activation activation(const Tensor& x) {
@@ -241,6 +218,7 @@ INT8COMPILE_LIBRARY(m) {
   m.def(
       "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
       "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor");
+  m.def("input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor");
 #endif
   m.def("enable_wgmma(bool enabled) -> ()", &int8compile::enable_wgmma);
   m.def("force_cuda_kernel(str name) -> ()", &int8compile::force_cuda_kernel);

@@ -246,13 +246,19 @@ struct OutlierTile {
 // Tile number `tile` of the output, such that tiles which run at the same time share what they read: bands of 16 tiles
 // of rows, and in a band one column of tiles after the other.
 struct TilePlace {
-  int64_t row, col;
+  unsigned row, col;
 };
 
-__device__ inline TilePlace place_of_tile(int64_t tile, int64_t row_tiles, int64_t col_tiles) {
-  const int64_t first = tile / (16 * col_tiles) * 16, inside = tile % (16 * col_tiles);
-  const int64_t band = row_tiles - first < 16 ? row_tiles - first : 16;
+__device__ inline TilePlace place_of_tile(unsigned tile, unsigned row_tiles, unsigned col_tiles) {
+  const unsigned first = tile / (16 * col_tiles) * 16, inside = tile % (16 * col_tiles);
+  const unsigned band = row_tiles - first < 16 ? row_tiles - first : 16;
   return {first + inside % band, inside / band};
+}
+
+// How many tiles of `size` cover `count`. Grids have fewer than 2^31 blocks, and a division of 64 bits is a call.
+template <int size>
+__device__ inline unsigned tiles_of(int64_t count) {
+  return static_cast<unsigned>((count + size - 1) / size);
 }
 
 // From exact sums to output: row scale, the outlier product of `count` columns, column scale, bias, one rounding.

@@ -53,9 +53,15 @@ struct Skinny {
 
   __device__ explicit Skinny(const SkinnyArguments& args)
       : args(args), shared(dynamic_shared()), layout(fused, args.x.rows, args.x.k),
-        begin(args.p.cols * blockIdx.x / gridDim.x), end(args.p.cols * (blockIdx.x + 1) / gridDim.x), k(args.x.k),
-        rows(static_cast<int>(args.x.rows)), thread(threadIdx.x), warp(thread / 32), group(thread % 32 / 4),
+        begin(first_row(blockIdx.x)), end(first_row(blockIdx.x + 1)), k(args.x.k), rows(static_cast<int>(args.x.rows)), thread(threadIdx.x), warp(thread / 32), group(thread % 32 / 4),
         quad(thread % 4) {}
+
+  // Where a block's rows begin, such that all have the same number, or one more. (A division of 64 bits is a call.)
+  __device__ int64_t first_row(unsigned block) const {
+    const auto cols = static_cast<unsigned>(args.p.cols);
+    const unsigned share = cols / gridDim.x, more = cols % gridDim.x;
+    return int64_t(block) * share + (block < more ? block : more);
+  }
 
   template <class T>
   __device__ T* at(int offset) const {
@@ -75,13 +81,13 @@ struct Skinny {
   }
 
   // Part `part` of a segment: weight rows `group` and `group + 8`, or row `group` of the codes.
-  __device__ uint4* slot(int64_t segment, int part) const {
+  __device__ uint4* slot(int segment, int part) const {
     return at<uint4>(layout.slots) + (segment % kDepth * (fused ? 2 : 3) + part) * kThreads + thread;
   }
 
   // All of x into codes and flags in shared memory. Ends with a barrier.
   template <class X>
-  __device__ void quantize() const {
+  __device__ __forceinline__ void quantize() const {
     int* most = at<int>(layout.scale) + kTokens;
     auto* words = at<uint32_t>(layout.flags);
     const auto* x = static_cast<const X*>(args.x.data);
@@ -141,7 +147,7 @@ struct Skinny {
   }
 
   // Begins to copy this thread's share of segment `step` of its warp, of the tile of weight rows at `row`.
-  __device__ void fetch_weight(int64_t segment, int64_t row, int step) const {
+  __device__ void fetch_weight(int segment, int64_t row, int step) const {
     const int64_t from = (int64_t(step) * kWarps + warp) * kSegment + quad * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -151,7 +157,7 @@ struct Skinny {
     }
   }
 
-  __device__ void fetch_codes(int64_t segment, int step) const {
+  __device__ void fetch_codes(int segment, int step) const {
     if constexpr (!fused) {
       const int64_t from = (int64_t(step) * kWarps + warp) * kSegment + quad * 16;
       const bool there = group < rows && from < k;
@@ -174,7 +180,7 @@ struct Skinny {
     }
   }
 
-  __device__ void multiply(int64_t segment, int step, int32_t (&sums)[4]) const {
+  __device__ void multiply(int segment, int step, int32_t (&sums)[4]) const {
     const uint4 upper = *slot(segment, 0), lower = *slot(segment, 1);
     uint4 b = make_uint4(0, 0, 0, 0);
     if constexpr (fused) {
@@ -218,7 +224,7 @@ struct Skinny {
   }
 
   // The tile at `row`: adds up the warps' sums and writes the output.
-  __device__ void finish(int64_t row, int parity, int count, const int32_t (&sums)[4]) const {
+  __device__ __forceinline__ void finish(int64_t row, int parity, int count, const int32_t (&sums)[4]) const {
     int32_t* all = at<int32_t>(layout.sums) + parity * kWarps * kRows * kTokens;
     int32_t* mine = all + warp * kRows * kTokens;
     mine[group * kTokens + quad * 2] = sums[0];
@@ -247,11 +253,11 @@ struct Skinny {
     store_float(args.p.out, args.p.out_type, int64_t(token) * args.p.cols + col, column.finish(value));
   }
 
-  __device__ void run() const {
+  __device__ __forceinline__ void run() const {
     const int steps = static_cast<int>(divide_up(divide_up(k, kSegment), kWarps));
-    const int64_t segments = divide_up(end - begin, kRows) * steps;
-    int64_t next_row = begin, next = 0;  // the segment that is fetched next
-    int next_step = 0;
+    const int segments = static_cast<int>((end - begin + kRows - 1) / kRows) * steps;
+    int64_t next_row = begin;
+    int next = 0, next_step = 0;  // the segment that is fetched next
     const auto advance = [&] {
       ++next;
       if (++next_step == steps) {
@@ -289,7 +295,7 @@ struct Skinny {
     int32_t sums[4] = {0, 0, 0, 0};
     int64_t row = begin;
     int step = 0, parity = 0;
-    for (int64_t segment = 0; segment < segments; ++segment) {
+    for (int segment = 0; segment < segments; ++segment) {
       cp_async_wait<kDepth - 2>();
       multiply(segment, step, sums);
       if (next < segments) {
@@ -317,7 +323,7 @@ struct Skinny {
 };
 
 template <bool fused>
-__global__ void __launch_bounds__(kThreads) skinny(const __grid_constant__ SkinnyArguments args) {
+__global__ void __launch_bounds__(kThreads, 2) skinny(const __grid_constant__ SkinnyArguments args) {
   Skinny<fused>(args).run();
 }
 

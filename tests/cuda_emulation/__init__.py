@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 CACHE = Path(tempfile.gettempdir()) / f"int8compile-cuda-emulation-{os.getuid()}"
 #: compiled without the sanitizer and unoptimised: host code full of torch headers, which is slow to compile
-HOST_ONLY = ("ops.cpp",)
-LEFT_OUT = ("wgmma.cu", "gpu.cpp")  # emulation.cpp stands in for them
+HOST_ONLY = ("gradient.cpp", "ops.cpp")
+LEFT_OUT = ("hopper.cuh", "wgmma.cu", "gpu.cpp")  # emulation.cpp stands in for them
 
 Mutation = Mapping[str, tuple[str, str]]
 
