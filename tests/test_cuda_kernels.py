@@ -78,6 +78,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weight:
 CASES = [
     ("fused", 1, 45, 1040, (0, 1, 64, 70)),
     ("fused", 7, 19, 528, (0, 3)),
+    ("fused", 1, 5, 16384, (3,)),
     ("skinny", 1, 45, 64, (0, 2)),
     ("skinny", 8, 37, 2576, (0, 64, 130)),
     ("skinny", 5, 1, 16, (1,)),

@@ -1,7 +1,7 @@
 // The int8 product by wgmma and TMA, for sm_90a: tiles of 128 rows and 128 or 256 columns.
 //
 // One warpgroup asks the copy engine for stages of 128 codes of K; two others multiply them, 64 rows each, out of shared
-// memory. Two barriers a stage say that it is full (its bytes have arrived) and that it is free (both warpgroups have
+// memory. Two barriers a stage say that it is full (its bytes have arrived) and that it is free (every warp has
 // multiplied it). The copy engine puts zeros beyond M, N and K. The epilogue is that of the mma.sync kernel, whose
 // fragments have the same layout.
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_gemm(const __grid_constant_
   if (thread == 0) {
     for (int stage = 0; stage < stages; ++stage) {
       mbarrier_init(full + stage, 1);
-      mbarrier_init(free + stage, 2);
+      mbarrier_init(free + stage, 8);  // each multiplying warp arrives
     }
     mbarrier_publish();
   }
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_gemm(const __grid_constant_
       wgmma(sums[0], a + i * (32 >> 4), b + i * (32 >> 4));
     }
     wgmma_commit();
-    wgmma_wait<1>();  // the step before is done
-    if (step > 0 && thread % 128 == 0) {
+    wgmma_wait<1>();  // this warp's part of the step before is done
+    if (step > 0 && thread % 32 == 0) {
       mbarrier_arrive(free + (step - 1) % stages);
     }
   }
