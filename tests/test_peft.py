@@ -176,3 +176,35 @@ def test_a_trainer_lowers_the_loss(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(m.get_base_layer().weight, codes[n]) for n, m in adapted(model).items())
+
+
+@pytest.mark.slow
+def test_int8_learns_as_float_does():
+    """LoRA's losses on int8 weights beside those on the float ones, from the same adapters on the same rows.
+
+    Random weights with planted outliers make int8's error larger than a trained model's: ``examples/lora.py``.
+    """
+
+    def losses(int8: bool) -> torch.Tensor:
+        model, _ = ENTRIES["Llama"].make()
+        model.requires_grad_(False)
+        if int8:
+            quantize_(model, {"min_features": 0})
+        torch.manual_seed(2)
+        targets = [n for n, m in model.named_modules() if n.endswith("_proj")]
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+        rows = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        values = []
+        for step in range(40):
+            row = rows[step % 4].unsqueeze(0)
+            loss = model(input_ids=row, labels=row).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.detach())
+        return torch.stack(values)
+
+    ours, theirs = losses(int8=True), losses(int8=False)
+    assert theirs[-8:].mean() < 0.6 * theirs[:4].mean()
+    assert (ours[-8:].mean() - theirs[-8:].mean()).abs() < 0.05 * theirs[-8:].mean()
