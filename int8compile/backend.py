@@ -14,7 +14,8 @@ from torch import fx
 
 from int8compile import inductor, native, session
 from int8compile.capture import Capture, capture
-from int8compile.config import Int8Config
+from int8compile.config import Int8Config, disabled
+from int8compile.graph_text import dump
 from int8compile.native import Provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.sites import complete_sites, weight_uses
@@ -40,7 +41,11 @@ def int8(
         OptionNameError, OptionValueError: an unknown option, or one with a bad value.
         KernelBuildError: ``kernels="native"`` and there are none, or ``release_weights`` without a C++ compiler.
     """
-    return compile_rewritten(gm, example_inputs, Int8Config.make(options, mode=mode), inductor.compile_graph)
+    config = Int8Config.make(options, mode=mode)
+    if disabled():
+        log.warning("int8: INT8COMPILE_DISABLE=1: the model is compiled in float")
+        return inductor.compile_graph(gm, example_inputs, config, Provider("none", native=True))
+    return compile_rewritten(gm, example_inputs, config, inductor.compile_graph)
 
 
 int8.reset = STORE.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
@@ -58,6 +63,8 @@ def compile_rewritten(
     captured, report = rewrite(gm, example_inputs, config, provider)
     session.record(report, inductor.compiled_callable())
     announce(report)
+    inductor.trace_artifact("int8compile_graph", lambda: dump(captured.graph))
+    inductor.trace_artifact("int8compile_report", Report([report]).to_json)
     compiled = compiler(captured.gm, _compile_inputs(captured), config, provider)
     return _runner(captured, compiled, release)
 

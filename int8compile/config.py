@@ -178,3 +178,11 @@ def cuda_archs() -> str | None:
     For building where the GPU is not, as in a container image.
     """
     return os.environ.get("INT8COMPILE_CUDA_ARCHS") or None
+
+
+def disabled() -> bool:
+    """Whether ``INT8COMPILE_DISABLE=1`` leaves every model in float, to tell what is int8's doing and what is not."""
+    value = os.environ.get("INT8COMPILE_DISABLE", "")
+    if value not in ("", "0", "1"):
+        raise OptionValueError("INT8COMPILE_DISABLE", value, "1, 0 or nothing")
+    return value == "1"

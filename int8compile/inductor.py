@@ -20,6 +20,7 @@ from torch._guards import CompileContext, TracingContext
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._logging._internal import trace_structured
 
 from int8compile.config import Int8Config
 from int8compile.graph_text import meta_tensor, meta_value
@@ -125,6 +126,11 @@ def _files(folder: Any) -> list[Any]:
         elif path.name.endswith((".py", ".cpp", ".h", ".cu", ".cuh")):
             found.append(path)
     return found
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into the structured trace (``TORCH_TRACE``), where tlparse shows it with the compile's own."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def compile_id() -> str:
