@@ -67,7 +67,9 @@ def main(
     results: dict[str, Any] = {"dry_run": dry_run, "sections": {}}
     for name in names:
         left = 60 * minutes - (time.monotonic() - started)
-        results["sections"][name] = _run_apart(name, out, dry_run, min(left, SECTIONS[name].seconds))
+        results["sections"][name] = _run_apart(
+            name, out, dry_run, 600 if dry_run else min(left, SECTIONS[name].seconds)
+        )
         done = results["sections"][name]
         console.print(f"{name}: {done['status']} ({done['seconds']:.0f} s)")
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -91,7 +93,8 @@ def _run_apart(name: str, out: Path, dry_run: bool, seconds: float) -> dict[str,
         if done.returncode != 0:
             status, error = "failed", done.stderr[-4000:]
     except subprocess.TimeoutExpired as expired:
-        status, error = "took too long", str(expired.stderr or "")[-4000:]
+        said = expired.stderr or b""  # bytes, whatever text= says
+        status, error = "took too long", (said if isinstance(said, str) else said.decode(errors="replace"))[-4000:]
     # A section that did not end has left what it had.
     result = json.loads(file.read_text()) if file.exists() else None
     file.unlink(missing_ok=True)
