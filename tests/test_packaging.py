@@ -126,7 +126,6 @@ def test_cpp_defines_what_python_defines():
     )
     ops = {op._schema.name.split("::")[1]: op for op in REFERENCES}
     del ops["master_linear"]  # for training, which is Python's
-    del ops["master_linear"]  # for training, which is Python's
     del ops["quantize_weight"]  # weights are quantised before there is a package
     schemas, tags, value = json.loads(python(code, native.build("cpu"), *ops).stdout)
     assert schemas == {name: str(op._schema) for name, op in ops.items()}
