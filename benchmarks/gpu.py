@@ -91,7 +91,7 @@ def _run_apart(name: str, out: Path, dry_run: bool, seconds: float) -> dict[str,
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         if done.returncode != 0:
-            status, error = "failed", done.stderr[-4000:]
+            status, error = f"failed, exit code {done.returncode}", done.stderr[-4000:]
     except subprocess.TimeoutExpired as expired:
         said = expired.stderr or b""  # bytes, whatever text= says
         status, error = "took too long", (said if isinstance(said, str) else said.decode(errors="replace"))[-4000:]

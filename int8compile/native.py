@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from int8compile.config import cache_folder, cpu_isa, cuda_archs
+from int8compile.config import cache_folder, cpu_isa
 from int8compile.errors import KernelBuildError
-from int8compile.nvidia import architectures, nvcc, nvcc_flags
+from int8compile.nvidia import architectures, gpus_are_served, nvcc, nvcc_flags
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ _LINK_FLAGS = ["-Wl,--as-needed"] if sys.platform == "linux" else []
 
 
 def wanted() -> list[str]:
-    """The names of the libraries that serve this machine: ``cuda`` only with a GPU, or where one is asked for."""
-    gpus = cuda_archs() is not None or torch.cuda.device_count() > 0
-    return [name for name in LIBRARIES if name != "cuda" or gpus]
+    """The names of the libraries that serve this machine: ``cuda`` only with GPUs for it, or where it is asked for."""
+    return [name for name in LIBRARIES if name != "cuda" or gpus_are_served()]
 
 
 class Provider(NamedTuple):

@@ -41,6 +41,16 @@ def architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def gpus_are_served() -> bool:
+    """Whether there are GPUs and all have kernels, or ``INT8COMPILE_CUDA_ARCHS`` asks for some (rightly or not)."""
+    if cuda_archs() is not None:
+        return True
+    try:
+        return bool(architectures())
+    except KernelBuildError:
+        return False
+
+
 def _checked(name: str) -> str:
     if not re.fullmatch(r"\d{2,3}[af]?", name) or int(name.rstrip("af")) < OLDEST:
         raise KernelBuildError(

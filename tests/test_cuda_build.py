@@ -127,6 +127,7 @@ class TestArchitectures:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla T4")
         with pytest.raises(KernelBuildError, match=r"8\.0 or later, and GPU 1 \(Tesla T4\) has 7\.5"):
             nvidia.architectures()
+        assert native.wanted() == ["cpu", "common"]
 
     def test_asked_for(self, monkeypatch):
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "80; 90, 100a")

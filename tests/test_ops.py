@@ -130,15 +130,18 @@ class TestInt8Product:
         assert torch.equal(int8_product(a, b), want)
         assert torch.equal(_fp32_product(a, b.float()), want)
 
-    @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 3), (16, 8, 8), (17, 9, 100), (40, 1, 1025)])
+    @pytest.mark.parametrize(
+        ("m", "n", "k"), [(1, 5, 3), (16, 8, 8), (17, 9, 100), (40, 1, 1025), (0, 5, 3), (3, 0, 9), (3, 4, 0)]
+    )
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_the_padded_cublas_call_is_exact_and_within_its_limits(self, monkeypatch, m, n, k, dynamic):
-        """cuBLASLt takes M > 16 and multiples of 8; ``_int_mm`` of the CPU stands in for it here."""
+        """cuBLASLt takes M > 16 and multiples of 8 above 0; ``_int_mm`` of the CPU stands in for it here."""
         real = torch._int_mm
 
         def cublas(a, b):
             assert a.shape[0] > 16
             assert a.shape[1] % 8 == b.shape[1] % 8 == 0
+            assert min(a.shape[1], b.shape[1]) > 0
             return real(a, b)
 
         a = torch.randint(-127, 128, (m, k), dtype=torch.int8)

@@ -41,11 +41,12 @@ def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _cublas_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """cuBLASLt wants M > 16 and K, N multiples of 8; zeros added to either change no sum."""
+    """cuBLASLt wants M > 16 and K, N multiples of 8 above 0; zeros added to any of them change no sum."""
     m, k = a.shape
     n = b.shape[0]
-    a = pad(a, (0, -k % 8, 0, torch.sym_max(17 - m, 0)))
-    b = pad(b, (0, -k % 8, 0, -n % 8))
+    more_k, more_n = torch.sym_max(8 - k, -k % 8), torch.sym_max(8 - n, -n % 8)
+    a = pad(a, (0, more_k, 0, torch.sym_max(17 - m, 0)))
+    b = pad(b, (0, more_k, 0, more_n))
     return _int_mm(a, b)[:m, :n]
 
 
