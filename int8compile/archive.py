@@ -130,7 +130,7 @@ def _check(name: str) -> dict[str, Any]:
     for record in records:
         if not _KNOWN.fullmatch(record):
             raise ProgramFileError(f"{name} holds {record!r}, which int8compile.save does not write; it is not read")
-    pickled = [_SAMPLE_INPUTS] if _SAMPLE_INPUTS in records and reader.get_record_size(_SAMPLE_INPUTS) else []
+    pickled = [_SAMPLE_INPUTS] if _SAMPLE_INPUTS in records and reader.get_record(_SAMPLE_INPUTS) else []
     for config in _CONFIGS:
         entries = _json(reader, name, config).get("config", {})
         pickled += [tensor for tensor, entry in entries.items() if entry.get("use_pickle") is not False]
