@@ -64,6 +64,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow  # processes of their own, each with a model to compile
 def test_memory_of_a_process():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY)], capture_output=True, text=True, check=False, cwd="/"
