@@ -305,7 +305,7 @@ def _stamps(weights: list[torch.Tensor]) -> _Stamps:
 
 
 class _PythonStamps:
-    """Where there is no compiler; csrc/common/stamps.cpp is four times as fast."""
+    """Where there is no compiler; csrc/common/stamps.cpp does it with one call."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         self._stamps = [_Stamp(weight, lambda: None) for weight in weights]

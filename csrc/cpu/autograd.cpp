@@ -1,4 +1,4 @@
-// The gradients of ops/*.py for CPU tensors, in C++: the same formulas, at a fifth of the cost of a call.
+// The gradients of ops/*.py for CPU tensors, in C++: the same formulas, at a third of the cost of a call.
 //
 // A call that needs no gradient, as in every decoded token, goes straight to the kernel: that is what this file is for.
 // The rest redispatches, so that fake and traced tensors take the same way.
