@@ -47,7 +47,7 @@ def test_unknown_option_suggests_the_nearest():
         ({"min_features": 1.5}, "min_features=1.5"),
         ({"outlier_policy": "row"}, "expected one of 'column', 'element'"),
         ({"kernels": "fast"}, "expected one of 'auto', 'native', 'reference'"),
-        ({"disable_passes": ["merg"]}, "disable_passes='merg': expected names among expand, normalize, quantize"),
+        ({"disable_passes": ["merg"]}, "disable_passes='merg': expected names among expand, group, normalize"),
         ({"mode": "fast"}, "expected one of 'default'"),
         ({"inductor": ["max_autotune"]}, "expected a dict of inductor's own options"),
         (["llm_int8_threshold"], "expected a dict, an Int8Config or a BitsAndBytesConfig"),

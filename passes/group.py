@@ -1,0 +1,82 @@
+"""group: attention reads each key/value head once, not a copy of it for each of the query heads that share it.
+
+    k, v [B, H, S, D] -> unsqueeze, expand [B, H, G, S, D], reshape [B, H * G, S, D]      attention(q, k, v, ...,
+    attention(q, copy of k, copy of v, ...)                                          ->             enable_gqa=True)
+
+Grouped-query attention (Ainslie et al., 2023) as transformers writes it, whose copies of a key/value cache cost a
+decode step more than its attention does. The results are equal to the bit. Only where PyTorch's own kernel takes
+grouped heads and nothing is lost: on CPUs, without gradients. (On GPUs a mask sends such a call to a slow kernel.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.passes.context import PassContext
+from int8compile.passes.effects import changes_between, regions
+
+aten = torch.ops.aten
+
+_ATTENTION = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
+_RESHAPE = {"reshape", "view", torch.reshape, aten.reshape.default, aten.view.default}
+_EXPAND = {"expand", aten.expand.default}
+_INPUTS = 3  # query, key, value
+
+
+class _Copies(NamedTuple):
+    """``reshaped`` holds each head of ``heads`` [B, H, 1, S, D] G times in a row."""
+
+    heads: fx.Node
+    reshaped: fx.Node
+
+
+def group(graph: fx.Graph, context: PassContext) -> int:
+    where = regions(graph, context.grad_enabled)
+    changes = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _ATTENTION or where[node][1]:
+            continue
+        value = meta_tensor(node)
+        if value is None or value.device.type != "cpu" or len(node.args) < _INPUTS or node.kwargs.get("enable_gqa"):
+            continue
+        copies = [c for c in map(_copies, node.args[1:_INPUTS]) if c]
+        if len(copies) == 2 and not any(changes_between(c.heads, c.reshaped, node) for c in copies):
+            _group(node, copies, context)
+            changes += 1
+    return changes
+
+
+def _copies(node: object) -> _Copies | None:
+    """What a node is a copy of, if it is made of the heads of a smaller tensor, each several times."""
+    if not isinstance(node, fx.Node) or node.target not in _RESHAPE:
+        return None
+    expanded = node.args[0]
+    if not isinstance(expanded, fx.Node) or expanded.target not in _EXPAND:
+        return None
+    heads = expanded.args[0]
+    if not isinstance(heads, fx.Node):
+        return None
+    whole, wide, narrow = meta_tensor(node), meta_tensor(expanded), meta_tensor(heads)
+    if whole is None or wide is None or narrow is None or (whole.dim(), wide.dim(), narrow.dim()) != (4, 5, 5):
+        return None
+    b, h, g, s, d = wide.shape
+    same = [*zip(whole.shape, (b, h * g, s, d), strict=True), *zip(narrow.shape, (b, h, 1, s, d), strict=True)]
+    return _Copies(heads, node) if all(statically_known_true(m == n) for m, n in same) else None
+
+
+def _group(node: fx.Node, copies: list[_Copies], context: PassContext) -> None:
+    key, value = (context.call(node, aten.squeeze.dim, (c.heads, 2), like=c.reshaped) for c in copies)
+    args = (node.args[0], key, value, *node.args[_INPUTS:])
+    kwargs = {**node.kwargs, "enable_gqa": True}
+    assert not isinstance(node.target, str)
+    new = context.call(node, node.target, args, like=node, value=meta_value(node), kwargs=kwargs)
+    context.replace(node, new)
+    for c in copies:
+        for dead in (c.reshaped, c.reshaped.args[0]):
+            if isinstance(dead, fx.Node) and not dead.users:
+                dead.graph.erase_node(dead)
