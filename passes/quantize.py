@@ -4,8 +4,9 @@
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case
     aten.linear(x, w, b)           ->  int8compile.master_linear(x, w, b, threshold, policy), if weights are to train
 
-``w_int8`` and ``w_scale`` are lifted inputs. What stays float keeps its node, and its Site says for which Reason. So
-does a call of ``int8compile.linear`` that was in the user's graph: an ``Int8Linear``, which holds int8 weights itself.
+``w_int8`` and ``w_scale`` are lifted inputs, or rows of such where ``w`` is rows of a parameter. What stays float
+keeps its node, and its Site says for which Reason. So does a call of ``int8compile.linear`` that was in the user's
+graph: an ``Int8Linear``, which holds int8 weights itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from int8compile.ops import master_linear
 from int8compile.passes.context import PassContext
 from int8compile.passes.effects import regions, storage_of, written_storages
 from int8compile.passes.normalize import LINEAR, resolve_transposes
+from int8compile.passes.slices import rows_of_constant
 from int8compile.report import Reason, Site
 
 #: where each takes its table
@@ -46,17 +48,30 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
             trained = (x, weight, bias, config.llm_int8_threshold, config.outlier_policy)
             context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
             continue
-        lifted = context.capture.lift((resolve_transposes(weight),))
-        args = (x, lifted.weight, lifted.scale, bias, config.llm_int8_threshold, config.outlier_policy)
+        codes, scale = _lifted(weight, node, context)
+        args = (x, codes, scale, bias, config.llm_int8_threshold, config.outlier_policy)
         new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
         context.replace(node, new)
-        _erase_dead_transpose(graph, weight)
+        _erase_dead_views(weight)
     return changes
 
 
-def _erase_dead_transpose(graph: fx.Graph, weight: fx.Node) -> None:
-    if weight.op == "call_function" and not weight.users:
-        graph.erase_node(weight)
+def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.Node, fx.Node]:
+    """The int8 form of a weight and its scales."""
+    rows = rows_of_constant(weight)
+    if rows is None:
+        lifted = context.capture.lift((resolve_transposes(weight),))
+        return lifted.weight, lifted.scale
+    lifted = context.capture.lift(((rows.root, False),))
+    return rows.of(lifted.weight, before, context), rows.of(lifted.scale, before, context)
+
+
+def _erase_dead_views(weight: fx.Node) -> None:
+    while weight.op in ("call_function", "call_method") and not weight.users:
+        source = weight.args[0]
+        weight.graph.erase_node(weight)
+        assert isinstance(source, fx.Node)
+        weight = source
 
 
 class _Facts:
@@ -77,13 +92,16 @@ class _Facts:
         x, weight, _ = node.args
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
-        root, transposed = resolve_transposes(weight)
-        value, out = meta_tensor(root), meta_tensor(node)
+        rows = rows_of_constant(weight)
+        root, transposed = (rows.root, False) if rows else resolve_transposes(weight)
+        value, out = meta_tensor(weight if rows else root), meta_tensor(node)
         shape = tuple(value.shape) if value is not None else ()
         n, k = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, shape[0] if shape else 0)
         path = site_path(node, root)
         reason, detail = self._reason(node, x, root, path, int(k), int(n))
         dtype = str(out.dtype).removeprefix("torch.") if out is not None else "?"
+        if rows and not detail:
+            detail = f"rows {rows.start}:{rows.stop}"
         return Site(path, int(k), int(n), dtype, reason, detail)
 
     def _reason(self, node: fx.Node, x: fx.Node, root: fx.Node, path: str, k: int, n: int) -> tuple[Reason, str]:

@@ -50,8 +50,9 @@ def emulate(model: nn.Module, names: Iterable[str], threshold: float = 6.0) -> I
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
         out, outlier_columns = int8_linear(x, weight.t() if transposed else weight, bias, threshold)
-        tally.calls[weights[id(weight)]] += 1
-        tally.outlier_columns[weights[id(weight)]] += outlier_columns
+        name = weights[_parameter_id(weight)]
+        tally.calls[name] += 1
+        tally.outlier_columns[name] += outlier_columns
         return out
 
     with contextlib.ExitStack() as stack:
@@ -110,9 +111,15 @@ def _by_weight(weights: dict[int, str], product: Callable[..., torch.Tensor]) ->
     original = nn.functional.linear
 
     def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return product(input, weight, bias, False) if id(weight) in weights else original(input, weight, bias)
+        ours = _parameter_id(weight) in weights
+        return product(input, weight, bias, False) if ours else original(input, weight, bias)
 
     return linear
+
+
+def _parameter_id(weight: torch.Tensor) -> int:
+    """Of the parameter, or of the one that it is rows of (a part of attention's in_proj_weight)."""
+    return id(weight if weight._base is None else weight._base)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -213,6 +213,10 @@ def _vectors() -> Inputs:
     return {"src": _noise(2, 7, 32)}
 
 
+def _target() -> Inputs:
+    return {"tgt": _noise(2, 7, 32), "memory": _noise(2, 9, 32)}
+
+
 def _hf(name: str, task: str, **config: Any) -> Callable[[], nn.Module]:
     """A builder: ``_hf("Llama", "ForCausalLM", ...)`` makes a LlamaForCausalLM of that configuration."""
     family = name.removesuffix("Text")
@@ -298,6 +302,10 @@ def _encoder(activation: Callable[..., torch.Tensor]) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+def _decoder() -> nn.Module:
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), 2)
+
+
 _GEMMA3 = {**_GROUPED, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _BLOOM = {"vocab_size": _VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 _OPT = {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16}
@@ -337,6 +345,8 @@ ZOO = (
     # 2 layers of qkv o, up down: with the usual activations each layer is one fused call, with others its attention is.
     Entry("TransformerEncoder", lambda: _encoder(nn.functional.relu), _vectors, 8),
     Entry("TransformerEncoder, SiLU", lambda: _encoder(nn.functional.silu), _vectors, 8),
+    # 2 layers of qkv o, q kv o of cross-attention (rows of one parameter), up down.
+    Entry("TransformerDecoder", _decoder, _target, 14),
     Entry("MLP", Mlp, _vectors, 2),
     Entry("MLP, one linear in autocast", PartlyAutocast, _vectors, 2),
     Entry("MLP, graph break", BrokenMlp, _vectors, 2, breaks=1),

@@ -110,19 +110,23 @@ def test_training_keeps_dropout():
     assert not torch.equal(*outs)
 
 
-def test_cross_attention_multiplies_by_slices_of_one_parameter():
+@pytest.mark.parametrize("inputs", ["query, key", "query, key, value"])
+def test_cross_attention_multiplies_by_rows_of_one_parameter(inputs):
     class Cross(nn.Module):
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(E, HEADS, batch_first=True)
 
         def forward(self, x, y):
-            return self.attention(x, y, y, need_weights=False)[0]
+            return self.attention(x, y, y if inputs == "query, key" else y + 1, need_weights=False)[0]
 
     model, y = Cross().eval(), torch.randn(3, 9, E)
-    out = compile_eager(model)(X, y)
-    reasons = [s.reason for s in last_report().sites]
-    assert sorted(r.name for r in reasons) == ["NOT_CONSTANT", "NOT_CONSTANT", "REWRITTEN"]
+    compiled = compile_eager(model)
+    out = compiled(X, y)
+    third = ("attention.in_proj_weight", E, E)
+    thirds = [third, ("attention.in_proj_weight", E, 2 * E)] if inputs == "query, key" else [third] * 3
+    sites = [(s.path, s.in_features, s.out_features) for s in last_report().sites if s.rewritten]
+    assert sites == [*thirds, ("attention.out_proj", E, E)]
     torch.testing.assert_close(out, model(X, y), rtol=0, atol=5e-2)
 
 

@@ -40,7 +40,7 @@ def check_found(row: Row) -> None:
     """As many linears, in int8 and left for each reason, as the architecture has."""
     entry, report = row.entry, row.report
     assert (report.rewritten, dict(row.left)) == (entry.int8, entry.left), str(report)
-    paths = [site.path for site in report.sites]
+    paths = [(site.path, site.detail) for site in report.sites]
     assert len(set(paths)) == len(paths), f"a linear was reported twice: {paths}"
 
 
