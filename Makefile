@@ -21,11 +21,16 @@ install: $(INSTALLED)	## make .venv, or bring it up to date
 demo: $(INSTALLED)	## float and int8 side by side on a language model
 	$(BIN)/python -m examples.demo
 
+# A file a process, so that what its tests have in common is made once, and in the order of names, whose last files are
+# short. Most tests keep one core busy, and idle threads of two processes must not fight over two cores.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)	## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)	## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff check
