@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 
 class Library(NamedTuple):
-    """A shared library of operators: the folder of ``csrc`` that holds its sources, and how they are compiled."""
+    """A shared library of operators: the folders of ``csrc`` that hold its sources, and how they are compiled."""
 
-    folder: str
+    folders: tuple[str, ...]
     flags: tuple[str, ...]
     nvcc_flags: tuple[str, ...] = ()
 
 
 LIBRARIES = {
     # The reference rounds after every multiplication, so a fused multiply-add would give other bits.
-    "cpu": Library("cpu", ("-O3", "-fopenmp", "-ffp-contract=off")),
-    "common": Library("common", ("-O2",)),
+    "cpu": Library(("ops", "cpu"), ("-O3", "-fopenmp", "-ffp-contract=off")),
+    "common": Library(("common",), ("-O2",)),
     # ... which the CUDA kernels see to themselves, operation by operation. For which GPUs: library_of().
-    "cuda": Library("cuda", ("-O2",), ("-O3",)),
+    "cuda": Library(("ops", "cuda"), ("-O2", "-DINT8COMPILE_CUDA"), ("-O3",)),
 }
 
 
@@ -183,14 +183,15 @@ def library_of(name: str) -> Library:
 
 
 def _files(library: Library) -> list[Path]:
-    folder = Path(str(resources.files("int8compile.csrc"))) / library.folder
-    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    csrc = Path(str(resources.files("int8compile.csrc")))
+    suffixes = (".cpp", ".h", ".cu", ".cuh")
+    return [path for folder in library.folders for path in sorted((csrc / folder).iterdir()) if path.suffix in suffixes]
 
 
 def _digest(library: Library, files: Sequence[Path]) -> str:
     digest = hashlib.sha256(repr((library, torch.__version__, platform.machine())).encode())
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from torch.utils import cpp_extension
 
 from int8compile import native, nvidia
 from int8compile.errors import KernelBuildError
+from int8compile.ops._library import REFERENCES
 
 SOURCES = Path(str(native.resources.files("int8compile.csrc"))) / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
@@ -219,10 +220,23 @@ LOAD = """
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for op in ("linear", "quantize_rowwise", "scaled_mm", "input_gradient"):
         assert has("int8compile::" + op, "CUDA"), op
+        assert has("int8compile::" + op, "AutogradCUDA") == (op != "input_gradient"), op  # whose gradient is Python's
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():  # through AutogradCUDA; a graph for backward would ask for the device
+        x, codes = torch.empty(2, 16, device="cuda"), torch.empty(8, 16, device="cuda").char()
+        out = torch.ops.int8compile.linear(x, codes, torch.empty(8, device="cuda"), None, 6.0)
+    assert (tuple(out.shape), out.device.type) == ((2, 8), "cuda")
     kernel = torch.ops.int8compile_native.cuda_kernel
     torch.ops.int8compile_native.enable_wgmma(True)
     for sizes in {sizes!r}:
         print(kernel(*sizes))
+"""
+ALONE = """
+    import sys, torch
+    torch.ops.load_library(sys.argv[1])
+    assert "int8compile" not in sys.modules
+    for name in sys.argv[2:]:
+        print(getattr(torch.ops.int8compile, name).default._schema)
 """
 # (M, N, K), capability, multiprocessors, whether x comes quantised -> kernel
 TABLE = [
@@ -259,9 +273,19 @@ def test_the_library_builds_loads_and_registers_without_a_gpu(tmp_path):
         "LIBRARY_PATH": str(stubs),
         "LD_LIBRARY_PATH": f"{stubs}:{cuda}/lib64",
     }
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    for _ in range(2):  # the second time out of the cache
+
+    def run(code: str, *arguments: str) -> tuple[list[str], str]:
+        command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split("\n")[:-1] == [name for _, name in TABLE]
-    assert "compiling" not in done.stderr
+        return done.stdout.splitlines(), done.stderr
+
+    for _ in range(2):  # the second time out of the cache
+        lines, messages = run(script)
+        assert lines == [name for _, name in TABLE]
+    assert "compiling" not in messages
+    # Where no Python has defined the operators, the library does, and in the same words.
+    (library,) = (tmp_path / "cache").glob("*/int8compile_cuda.so")
+    ops = [op for op in REFERENCES if op._schema.name.split("::")[1] not in ("master_linear", "quantize_weight")]
+    schemas, _ = run(ALONE, str(library), *(op._schema.name.split("::")[1] for op in ops))
+    assert schemas == [str(op._schema) for op in ops]

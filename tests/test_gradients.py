@@ -1,4 +1,4 @@
-"""Gradients of the operators: the C++ ones of csrc/cpu, the Python ones that serve everywhere else, and the gold."""
+"""Gradients of the operators: the C++ ones of csrc/ops, the Python ones that serve everywhere else, and the gold."""
 
 import itertools
 import subprocess

@@ -4,65 +4,25 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <string>
 #include <tuple>
 
-#include "checks.h"
+#include "../ops/checks.h"
+#include "../ops/registry.h"
 #include "product.h"
 
 namespace int8compile {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
-constexpr int64_t kMaxInFeatures = 131072;
 
 Float float_type(at::ScalarType type) {
   return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
 }
 
-void check_activation(const char* op, const Tensor& x) {
-  INT8COMPILE_CHECK(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]");
-  INT8COMPILE_CHECK(
-      is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
-}
-
-void check_threshold(const char* op, double threshold) {
-  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
-}
-
-void check_weight(
-    const char* op, int64_t k, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias) {
-  INT8COMPILE_CHECK(
-      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_cpu(), op, "weight is ",
-      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(),
-      "; expected int8 [N, K] on cpu (quantize_weight makes one)");
-  INT8COMPILE_CHECK(
-      weight.size(1) == k, op, "weight is ", weight.sizes(), ", so it takes ", weight.size(1), " features, but x has ",
-      k);
-  INT8COMPILE_CHECK(
-      k <= kMaxInFeatures, op, "in_features=", k, " is more than ", kMaxInFeatures,
-      ", up to which int32 sums are exact: split the weight along K");
-  check_tensor(op, "weight_scale", weight_scale, at::kFloat, {weight.size(0)});
-  if (bias.has_value()) {
-    INT8COMPILE_CHECK(
-        bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ", bias->sizes(), " on ",
-        bias->device(), "; expected [", weight.size(0), "] on cpu");
-  }
-}
-
 Activation activation(const Tensor& x) {
   return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
-}
-
-Tensor empty_output(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
-  at::DimVector sizes(x.sizes());
-  sizes.back() = weight.size(0);
-  return at::empty(sizes, x.options().dtype(dtype));
 }
 
 // The operands as the kernels take them. Holds what had to be copied: a weight whose rows are contiguous is used as it
@@ -91,10 +51,8 @@ Tensor linear(
     c10::string_view outlier_policy) {
   check_activation("linear", x);
   check_threshold("linear", threshold);
-  INT8COMPILE_CHECK(
-      outlier_policy == "column" || outlier_policy == "element", "linear", "outlier_policy='", outlier_policy,
-      "'; expected 'column' or 'element'");
-  check_weight("linear", x.size(-1), weight, weight_scale, bias);
+  check_outlier_policy("linear", outlier_policy);
+  check_weight("linear", x, weight, weight_scale, bias);
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());
   const Operands operands(weight, weight_scale, bias, out);
@@ -126,12 +84,12 @@ Tensor scaled_mm(
   constexpr const char* op = "scaled_mm";
   check_activation(op, x);
   const int64_t m = rows_of(x), k = x.size(-1);
-  check_tensor(op, "q", q, at::kChar, {m, k}, " (quantize_rowwise makes it)");
-  check_tensor(op, "row_scale", row_scale, at::kFloat, {m}, " (quantize_rowwise makes it)");
+  check_tensor(op, "q", q, x, at::kChar, {m, k}, " (quantize_rowwise makes it)");
+  check_tensor(op, "row_scale", row_scale, x, at::kFloat, {m}, " (quantize_rowwise makes it)");
   if (outliers.has_value()) {
-    check_tensor(op, "outliers", *outliers, at::kBool, {k}, " (quantize_rowwise makes it)");
+    check_tensor(op, "outliers", *outliers, x, at::kBool, {k}, " (quantize_rowwise makes it)");
   }
-  check_weight(op, k, weight, weight_scale, bias);
+  check_weight(op, x, weight, weight_scale, bias);
   INT8COMPILE_CHECK(is_float(out_dtype), op, "out_dtype=", out_dtype, "; expected float32, float16 or bfloat16");
 
   const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
@@ -149,7 +107,7 @@ Tensor scaled_mm(
 }  // namespace
 }  // namespace int8compile
 
-TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
+INT8COMPILE_KERNELS(m) {
   m.impl("linear", &int8compile::linear);
   m.impl("quantize_rowwise", &int8compile::quantize_rowwise);
   m.impl("scaled_mm", &int8compile::scaled_mm);

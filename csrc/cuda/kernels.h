@@ -2,7 +2,7 @@
 //
 // Operands are as in ops/*.py: codes q [M, K] and weight [N, K], both int8 with K contiguous; row_scale [M] and
 // weight_scale [N], fp32; `flags` [K], a byte a column, not 0 where the column is an outlier column. One file a kernel,
-// with its launcher; dispatch.cpp has the table that chooses between them. Launchers queue work on a stream and return:
+// with its launcher; plan.cpp has the table that chooses between them. Launchers queue work on a stream and return:
 // nothing is read back, and a launcher's choices depend on sizes and on the GPU alone, so that a captured CUDA graph is
 // right whatever outliers its replays meet.
 

@@ -7,7 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <atomic>
 #include <limits>
@@ -15,62 +15,22 @@
 #include <string>
 #include <tuple>
 
-#include "checks.h"
-#include "device.h"
+#include "../ops/checks.h"
+#include "../ops/registry.h"
 #include "run.h"
+#include "stream.h"
 
 namespace int8compile {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
-constexpr int64_t kMaxInFeatures = 131072;
 
 Float float_type(at::ScalarType type) {
   return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
 }
 
-void check_activation(const char* op, const Tensor& x) {
-  INT8COMPILE_CHECK(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]");
-  INT8COMPILE_CHECK(
-      is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
-}
-
-void check_threshold(const char* op, double threshold) {
-  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
-}
-
-void check_weight(
-    const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias) {
-  const int64_t k = x.size(-1);
-  INT8COMPILE_CHECK(
-      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.device() == x.device(), op, "weight is ",
-      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on ", x.device(),
-      " (quantize_weight makes one)");
-  INT8COMPILE_CHECK(
-      weight.size(1) == k, op, "weight is ", weight.sizes(), ", so it takes ", weight.size(1), " features, but x has ",
-      k);
-  INT8COMPILE_CHECK(
-      k <= kMaxInFeatures, op, "in_features=", k, " is more than ", kMaxInFeatures,
-      ", up to which int32 sums are exact: split the weight along K");
-  check_tensor(op, "weight_scale", weight_scale, x, at::kFloat, {weight.size(0)});
-  if (bias.has_value()) {
-    INT8COMPILE_CHECK(
-        bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ",
-        bias->sizes(), " on ", bias->device(), "; expected [", weight.size(0), "] on ", x.device());
-  }
-}
-
 Activation activation(const Tensor& x) {
   return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
-}
-
-Tensor empty_output(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
-  at::DimVector sizes(x.sizes());
-  sizes.back() = weight.size(0);
-  return at::empty(sizes, x.options().dtype(dtype));
 }
 
 // As float, and above 0 where it was.
@@ -123,9 +83,7 @@ Tensor linear(
   constexpr const char* op = "linear";
   check_activation(op, x);
   check_threshold(op, threshold);
-  INT8COMPILE_CHECK(
-      outlier_policy == "column" || outlier_policy == "element", op, "outlier_policy='", outlier_policy,
-      "'; expected 'column' or 'element'");
+  check_outlier_policy(op, outlier_policy);
   check_weight(op, x, weight, weight_scale, bias);
   const c10::DeviceGuard guard(x.device());
   const Tensor values = x.contiguous();
@@ -210,16 +168,6 @@ std::string cuda_kernel(int64_t m, int64_t n, int64_t k, int64_t capability, int
 }  // namespace int8compile
 
 INT8COMPILE_LIBRARY(m) {
-#ifdef INT8COMPILE_EMULATED
-  m.def(
-      "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
-      "str outlier_policy=\"column\") -> Tensor");
-  m.def("quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
-      "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor");
-  m.def("input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor");
-#endif
   m.def("enable_wgmma(bool enabled) -> ()", &int8compile::enable_wgmma);
   m.def("force_cuda_kernel(str name) -> ()", &int8compile::force_cuda_kernel);
   m.def(
@@ -227,7 +175,7 @@ INT8COMPILE_LIBRARY(m) {
       &int8compile::cuda_kernel);
 }
 
-INT8COMPILE_LIBRARY_IMPL(m) {
+INT8COMPILE_KERNELS(m) {
   m.impl("linear", &int8compile::linear);
   m.impl("quantize_rowwise", &int8compile::quantize_rowwise);
   m.impl("scaled_mm", &int8compile::scaled_mm);

@@ -23,10 +23,12 @@ from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
+SHARED = SOURCES.parent / "ops"
 CACHE = Path(tempfile.gettempdir()) / f"int8compile-cuda-emulation-{os.getuid()}"
 #: compiled without the sanitizer and unoptimised: host code full of torch headers, which is slow to compile
-HOST_ONLY = ("gradient.cpp", "ops.cpp")
+HOST_ONLY = ("gradient.cpp", "ops.cpp", "schemas.cpp")
 LEFT_OUT = ("hopper.cuh", "wgmma.cu", "gpu.cpp")  # emulation.cpp stands in for them
+LEFT_OUT += ("autograd.cpp",)  # is the same for CPU tensors
 
 Mutation = Mapping[str, tuple[str, str]]
 
@@ -37,11 +39,11 @@ class EmulationError(Exception):
 
 def build(mutation: Mutation | None = None) -> Path:
     """The shared library, compiled if need be. ``mutation``: file -> (text, what stands there instead)."""
-    folder = Path(tempfile.mkdtemp(prefix="int8compile-cuda-"))
+    root = Path(tempfile.mkdtemp(prefix="int8compile-cuda-"))
+    folder = root / SOURCES.name
     try:
-        for path in SOURCES.iterdir():
-            if path.name not in LEFT_OUT:
-                shutil.copy(path, folder)
+        for sources in (SOURCES, SHARED):
+            shutil.copytree(sources, root / sources.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         for name, (old, new) in (mutation or {}).items():
             text = (folder / name).read_text()
             assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
@@ -49,9 +51,9 @@ def build(mutation: Mutation | None = None) -> Path:
         for path in HERE.glob("emulation.*"):
             shutil.copy(path, folder)
         CACHE.mkdir(mode=0o700, exist_ok=True)
-        headers = _digest(sorted([*folder.glob("*.h"), *folder.glob("*.cuh")]))
-        plain = _digest(sorted(folder.glob("*.h")))
-        sources = sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
+        headers = _digest(sorted([*root.glob("*/*.h"), *folder.glob("*.cuh")]))
+        plain = _digest(sorted(root.glob("*/*.h")))
+        sources = sorted([*folder.glob("*.cu"), *root.glob("*/*.cpp")])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda s: _compile(s, plain if s.name in HOST_ONLY else headers), sources))
         library = CACHE / f"{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
@@ -62,7 +64,7 @@ def build(mutation: Mutation | None = None) -> Path:
             os.replace(str(library) + ".new", library)
         return library
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(root)
 
 
 def _digest(paths: list[Path]) -> str:

@@ -2,10 +2,11 @@
 //
 // Under Python they are int8compile/ops/*.py's, which are there before this library is loaded, and these stay unused.
 // The texts are the same, and tests/test_packaging.py compares them. Kernels may be registered before their schema is,
-// so the order of initialisation among this library's files does not matter.
+// so the order of initialisation among a library's files does not matter. Of several libraries the first defines them.
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
+
+#include "registry.h"
 
 namespace {
 
@@ -20,10 +21,11 @@ constexpr const char* kSchemas[] = {
 
 // Lives as long as the process: a Library takes its definitions back when it goes.
 [[maybe_unused]] torch::Library* const kLibrary = []() -> torch::Library* {
-  if (c10::Dispatcher::singleton().findSchema({"int8compile::linear", ""}).has_value()) {
+  if (c10::Dispatcher::singleton().findSchema({INT8COMPILE_OP("linear"), ""}).has_value()) {
     return nullptr;
   }
-  auto* library = new torch::Library(torch::Library::DEF, "int8compile", std::nullopt, __FILE__, __LINE__);
+  auto* library = new torch::Library(
+      torch::Library::DEF, INT8COMPILE_TEXT(INT8COMPILE_NAMESPACE), std::nullopt, __FILE__, __LINE__);
   for (const char* schema : kSchemas) {
     library->def(schema, {at::Tag::pt2_compliant_tag});
   }

@@ -1,12 +1,10 @@
-// Where the operators are registered and which stream they use: CUDA's, or, for tests that emulate the kernels on a
-// CPU, those of CPU tensors under another namespace.
+// The current stream of a device, and the library of what is no operator but this library's own.
 //
 // The stream comes from the guard that torch_cuda registers with c10, not from c10/cuda headers: those need the whole
-// toolkit's headers, take a minute to compile, and tie the library to libtorch_cuda.
+// toolkit's headers, take a minute to compile, and tie the library to libtorch_cuda. Emulated kernels have no stream.
 
 #pragma once
 
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "kernels.h"
@@ -15,18 +13,13 @@ namespace int8compile {
 
 #ifdef INT8COMPILE_EMULATED
 
-constexpr c10::DeviceType kDevice = c10::DeviceType::CPU;
-
 inline cudaStream_t current_stream(c10::Device) {
   return nullptr;
 }
 
 #define INT8COMPILE_LIBRARY(m) TORCH_LIBRARY_FRAGMENT(int8compile_emulated, m)
-#define INT8COMPILE_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(int8compile_emulated, CPU, m)
 
 #else
-
-constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
 
 inline cudaStream_t current_stream(c10::Device device) {
   const c10::impl::VirtualGuardImpl guard(device.type());
@@ -34,7 +27,6 @@ inline cudaStream_t current_stream(c10::Device device) {
 }
 
 #define INT8COMPILE_LIBRARY(m) TORCH_LIBRARY_FRAGMENT(int8compile_native, m)
-#define INT8COMPILE_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(int8compile, CUDA, m)
 
 #endif
 

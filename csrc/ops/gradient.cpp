@@ -1,36 +1,45 @@
-// input_gradient for CPU tensors: a float product whose int8 operand becomes floats a few columns at a time.
+// input_gradient: a float product whose int8 operand becomes floats a slice at a time.
 //
-// The product is a float GEMM and belongs to the library that torch has for it. What is ours is the other operand: as a
-// whole it would be a float copy of the weight, twice or four times what int8 was to save, written to memory and read
-// back. Cut along K it stays in the cache, and no sum is split, so the bits are those of the GEMM.
+// The codes are exact in 16 bits and the scale goes on the gradient (int8compile/ops/input_gradient.py), so the product
+// is a float GEMM, which belongs to the library that torch has for it (cuBLAS, oneDNN). What is ours is the other
+// operand: as a whole it would be a float copy of the weight, twice or four times what int8 was to save, written to
+// memory and read back. Cut along K it stays small, and no sum is split, so the bits are those of the GEMM. Under a CUDA
+// graph all of it is captured.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <torch/library.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
 #include "checks.h"
+#include "registry.h"
 
 namespace int8compile {
 namespace {
 
-constexpr int64_t kBlock = 1 << 20;  // elements of the weight that are floats at a time
+// Elements of the weight that are floats at a time: as many as keep a GPU busy, or as a CPU's cache holds.
+#ifdef INT8COMPILE_CUDA
+constexpr int64_t kBlock = 1 << 25;
+#else
+constexpr int64_t kBlock = 1 << 20;
+#endif
 
 at::Tensor input_gradient(
     const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& weight_scale, at::ScalarType dtype) {
   constexpr const char* op = "input_gradient";
   INT8COMPILE_CHECK(
-      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_cpu(), op, "weight is ",
-      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on cpu");
+      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.device() == grad.device(), op, "weight is ",
+      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on ", grad.device());
   const int64_t n = weight.size(0), k = weight.size(1);
   INT8COMPILE_CHECK(
       grad.dim() >= 1 && is_float(grad.scalar_type()) && grad.size(-1) == n, op, "grad is ", grad.scalar_type(), " ",
       grad.sizes(), "; expected float32, float16 or bfloat16 [..., ", n, "]");
-  check_tensor(op, "weight_scale", weight_scale, at::kFloat, {n});
+  check_tensor(op, "weight_scale", weight_scale, grad, at::kFloat, {n});
   INT8COMPILE_CHECK(is_float(dtype), op, "dtype=", dtype, "; expected float32, float16 or bfloat16");
 
+  const c10::DeviceGuard guard(grad.device());
   const int64_t m = rows_of(grad);
   const at::Tensor scaled = grad.reshape({m, n}).to(at::kFloat).mul(weight_scale).to(dtype);
   at::Tensor out = at::empty({m, k}, grad.options().dtype(dtype));
@@ -48,6 +57,6 @@ at::Tensor input_gradient(
 }  // namespace
 }  // namespace int8compile
 
-TORCH_LIBRARY_IMPL(int8compile, CPU, m) {
+INT8COMPILE_KERNELS(m) {
   m.impl("input_gradient", &int8compile::input_gradient);
 }

@@ -1,4 +1,5 @@
-// The gradients of ops/*.py for CPU tensors, in C++: the same formulas, at a third of the cost of a call.
+// The gradients of int8compile/ops/*.py in C++, for every device with kernels of its own: the same formulas, at a third
+// of the cost of a call. Where the reference bodies serve, so do Python's gradients.
 //
 // A call that needs no gradient, as in every decoded token, goes straight to the kernel: that is what this file is for.
 // The rest redispatches, so that fake and traced tensors take the same way.
@@ -7,12 +8,13 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "registry.h"
 
 namespace int8compile {
 namespace {
@@ -38,7 +40,7 @@ bool needs_gradient(const OptionalTensor& tensor) {
 
 Tensor input_gradient(const Tensor& grad, const Tensor& weight, const Tensor& weight_scale, at::ScalarType dtype) {
   static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType)>("int8compile::input_gradient");
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType)>(INT8COMPILE_OP("input_gradient"));
   return op.call(grad, weight, weight_scale, dtype);
 }
 
@@ -82,7 +84,7 @@ using LinearSignature =
     Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, c10::string_view);
 
 const auto& linear_op() {
-  static const auto op = find<LinearSignature>("int8compile::linear");
+  static const auto op = find<LinearSignature>(INT8COMPILE_OP("linear"));
   return op;
 }
 
@@ -115,7 +117,7 @@ using ScaledMmSignature = Tensor(
     const OptionalTensor&, at::ScalarType, double);
 
 const auto& scaled_mm_op() {
-  static const auto op = find<ScaledMmSignature>("int8compile::scaled_mm");
+  static const auto op = find<ScaledMmSignature>(INT8COMPILE_OP("scaled_mm"));
   return op;
 }
 
@@ -148,7 +150,8 @@ Tensor scaled_mm(
 
 // Codes, scales and columns carry no gradient; scaled_mm takes it to x.
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double)>("int8compile::quantize_rowwise");
+  using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double);
+  static const auto op = find<Signature>(INT8COMPILE_OP("quantize_rowwise"));
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, threshold);
 }
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double thre
 }  // namespace
 }  // namespace int8compile
 
-TORCH_LIBRARY_IMPL(int8compile, AutogradCPU, m) {
+INT8COMPILE_GRADIENTS(m) {
   m.impl("linear", &int8compile::linear);
   m.impl("scaled_mm", &int8compile::scaled_mm);
   m.impl("quantize_rowwise", &int8compile::quantize_rowwise);

@@ -1,0 +1,88 @@
+// What operators check of their arguments, the same as int8compile/ops/*.py: each check names the operator, the argument,
+// its value and what was expected. All tensors have to be on the activation's device.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <optional>
+
+#define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
+
+namespace int8compile {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Up to here int32 sums of products of codes are exact (127 * 127 * K < 2^31).
+constexpr int64_t kMaxInFeatures = 131072;
+
+inline bool is_float(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+// A tensor argument on `like`'s device, of this dtype and shape; `source` says where one comes from.
+inline void check_tensor(
+    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like, at::ScalarType dtype,
+    at::IntArrayRef sizes, const char* source = "") {
+  INT8COMPILE_CHECK(
+      tensor.device() == like.device() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, op, name, " is ",
+      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), "; expected ", dtype, " ", sizes, " on ",
+      like.device(), source);
+}
+
+// The M of a [..., K] tensor; by multiplication, since K may be 0.
+inline int64_t rows_of(const at::Tensor& x) {
+  int64_t rows = 1;
+  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) {
+    rows *= size;
+  }
+  return rows;
+}
+
+// The [..., N] that a weight [N, K] makes of an activation [..., K].
+inline at::Tensor empty_output(const at::Tensor& x, const at::Tensor& weight, at::ScalarType dtype) {
+  at::DimVector sizes(x.sizes());
+  sizes.back() = weight.size(0);
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
+inline void check_activation(const char* op, const at::Tensor& x) {
+  INT8COMPILE_CHECK(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]");
+  INT8COMPILE_CHECK(
+      is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
+}
+
+inline void check_threshold(const char* op, double threshold) {
+  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
+}
+
+inline void check_outlier_policy(const char* op, c10::string_view policy) {
+  INT8COMPILE_CHECK(
+      policy == "column" || policy == "element", op, "outlier_policy='", policy, "'; expected 'column' or 'element'");
+}
+
+inline void check_weight(
+    const char* op, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+    const OptionalTensor& bias) {
+  const int64_t k = x.size(-1);
+  INT8COMPILE_CHECK(
+      weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.device() == x.device(), op, "weight is ",
+      weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on ", x.device(),
+      " (quantize_weight makes one)");
+  INT8COMPILE_CHECK(
+      weight.size(1) == k, op, "weight is ", weight.sizes(), ", so it takes ", weight.size(1), " features, but x has ",
+      k);
+  INT8COMPILE_CHECK(
+      k <= kMaxInFeatures, op, "in_features=", k, " is more than ", kMaxInFeatures,
+      ", up to which int32 sums are exact: split the weight along K");
+  check_tensor(op, "weight_scale", weight_scale, x, at::kFloat, {weight.size(0)});
+  if (bias.has_value()) {
+    INT8COMPILE_CHECK(
+        bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias is ",
+        bias->sizes(), " on ", bias->device(), "; expected [", weight.size(0), "] on ", x.device());
+  }
+}
+
+}  // namespace int8compile
