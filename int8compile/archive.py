@@ -17,8 +17,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from int8compile import native
 from int8compile.capture import copied_graph
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, ProgramFileError
+from int8compile.whole_files import written_whole
 
 FORMAT_VERSION = 1
 
@@ -55,12 +54,10 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
     Raises:
         ExportError: not an ExportedProgram, a path that does not end in ``.pt2``, or a program that holds a tensor
             subclass or an object, which only a pickle could carry.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     if not isinstance(program, torch.export.ExportedProgram):
         raise ExportError(f"save(program, path): program is {type(program).__name__}; expected an ExportedProgram")
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise ExportError(f"save(program, path): path is {str(path)!r}; expected one that ends in '.pt2'")
     for name, value in {**program.state_dict, **program.constants}.items():
         if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise ExportError(f"save(program, path): {name} is {type(value).__name__}; only plain tensors can be saved")
@@ -71,11 +68,9 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
         **program.graph_module.meta.get("int8compile", {}),
         "example_inputs": _describe(program),
     }
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as work:
-        whole = Path(work) / target.name
+    with written_whole("save(program, path)", path) as whole:
         extra = {_OURS.removeprefix("extra/"): json.dumps(about, default=str)}
         torch.export.save(_bare(program), str(whole), extra_files=extra)
-        os.replace(whole, target)
 
 
 def load(path: str | os.PathLike[str], kernels: str = "auto") -> torch.export.ExportedProgram:

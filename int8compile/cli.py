@@ -201,7 +201,7 @@ def package(
     program: Annotated[Path, typer.Argument(help="A program that `int8compile export` wrote.")],
     target: Annotated[Path, typer.Argument(help="The package to write, NAME.pt2.")],
     kernels: Kernels = "auto",
-    portable: Annotated[bool, typer.Option("--portable", help="For any x86-64 CPU with AVX2, not this one.")] = False,
+    cpu_isa: Annotated[str | None, typer.Option(help="avx2 (the default on x86-64), portable or native")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a program ahead of time, to be run from Python or C++ (see examples/cpp). Takes a minute or more.
@@ -212,7 +212,7 @@ def package(
         from int8compile.archive import load
         from int8compile.packaging import package as make_package
 
-        make_package(load(program, kernels), target, {"kernels": kernels}, portable=portable)
+        make_package(load(program, kernels), target, {"kernels": kernels}, cpu_isa=cpu_isa)
     size = target.stat().st_size
     if as_json:
         print_json({"path": str(target), "bytes": size})

@@ -10,19 +10,20 @@ import functools
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext
-from torch._inductor import list_mode_options
+from torch._inductor import cpp_builder, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
 
 from int8compile.config import Int8Config
+from int8compile.cpu_targets import CpuTarget
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.native import Provider
 from int8compile.ops._library import REFERENCES
@@ -72,34 +73,70 @@ def compile_package(
     config: Int8Config,
     *,
     native: bool,
-    portable: bool,
+    target: CpuTarget,
     metadata: Mapping[str, str],
 ) -> None:
     """Compile an exported program into an AOTInductor package.
 
     Args:
         native: whether our operators stay calls. If not, the package holds their reference bodies compiled.
-        portable: compile for any x86-64 CPU with AVX2 instead of for this one.
+        target: the CPU that generated code is compiled for.
         metadata: texts that go into the package.
     """
     if not native:
         program = program.run_decompositions(dict(REFERENCES))
     patches = {**list_mode_options(config.mode or "default"), **config.inductor}
     patches["aot_inductor.metadata"] = {**patches.get("aot_inductor.metadata", {}), **metadata}
-    if portable:
-        patches |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
-    with torch.compiler.config.patch(cache_key_tag=_cache_tag(config, native)):  # type: ignore[attr-defined]
+    if target.vector_bits is not None:
+        patches["cpp.simdlen"] = target.vector_bits
+    tag = _cache_tag(config, native)
+    with torch.compiler.config.patch(cache_key_tag=tag), _compiled_for(target):  # type: ignore[attr-defined]
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=patches)
 
 
-def can_compile_for_other_cpus() -> bool:
-    """Whether this torch lets the target CPU of generated C++ be chosen."""
-    return hasattr(torch._inductor.config.cpp, "march")
+@contextlib.contextmanager
+def _compiled_for(target: CpuTarget) -> Iterator[None]:
+    """Within the context: generated C++ is compiled for that CPU. torch 2.11 has no option for it."""
+    settings = torch._inductor.config.cpp
+    if target.march is None:
+        yield
+    elif hasattr(settings, "march"):
+        with torch._inductor.config.patch({"cpp.march": target.march}):
+            yield
+    else:
+        original = cpp_builder._get_optimization_cflags
+
+        def flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+            compiling, linking = original(*args, **kwargs)
+            return [f"march={target.march}" if flag == "march=native" else flag for flag in compiling], linking
+
+        cpp_builder._get_optimization_cflags = flags
+        try:
+            yield
+        finally:
+            cpp_builder._get_optimization_cflags = original
 
 
-def load_package(path: str) -> Any:
-    """A package's model, which is called as the exported program is."""
-    return torch._inductor.aoti_load_package(path)
+def package_metadata(path: str) -> dict[str, str]:
+    """What is written in a package beside its code; the code is not loaded.
+
+    Raises:
+        RuntimeError: it cannot be read.
+    """
+    found: dict[str, str] = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(path, "model")  # type: ignore[attr-defined]
+    return found
+
+
+def load_package(path: str, vector_bits: int | None) -> Any:
+    """A package's model, which is called as the exported program is.
+
+    Args:
+        vector_bits: of the ``CpuTarget`` that it was compiled for. torch compares the instruction set that it was
+            compiled with to the one that it would compile with itself, and warns of what is no mistake.
+    """
+    patch = {} if vector_bits is None else {"cpp.simdlen": vector_bits}
+    with torch._inductor.config.patch(patch):
+        return torch._inductor.aoti_load_package(path)
 
 
 def _cache_tag(config: Int8Config, native: bool) -> str:

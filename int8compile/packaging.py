@@ -3,7 +3,11 @@
 AOTInductor makes a ``.pt2`` package of it: machine code and weights in one file. Our operators are in it as calls by
 name (``kernels="auto"`` or ``"native"``), which the library that ``int8compile build`` makes answers; which
 instruction set its kernels use is chosen where they run. With ``kernels="reference"`` the operators' reference bodies
-are compiled into the package, which then needs nothing but libtorch, and is slower.
+are compiled into the package, which then needs nothing but libtorch, and is slower. What inductor generates is compiled
+for one ``CpuTarget``.
+
+Beside torch's own metadata a package carries ``int8compile``, a JSON object: ``int8compile`` and ``torch``, the
+versions that made it; ``calls_operators``; ``machine``, ``cpu_isa`` and ``cpu_flags``, what its code needs.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import platform
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,11 @@ import int8compile
 import int8compile.ops  # registers the operators that packages call
 from int8compile import inductor, native
 from int8compile.config import Int8Config
-from int8compile.errors import ExportError, OptionValueError, ProgramFileError
+from int8compile.cpu_targets import cpu_flags, cpu_target, vector_bits
+from int8compile.errors import ExportError, ProgramFileError
+from int8compile.whole_files import written_whole
+
+_OURS = "int8compile"
 
 
 def package(
@@ -29,7 +38,7 @@ def package(
     path: str | os.PathLike[str],
     config: object = None,
     *,
-    portable: bool = False,
+    cpu_isa: str | None = None,
 ) -> Path:
     """Compile an exported program into an AOTInductor package.
 
@@ -40,42 +49,43 @@ def package(
         program: of ``int8compile.export`` or ``int8compile.load``; left as it is.
         path: of the package, ending in ``.pt2``.
         config: options: ``kernels`` (see above), ``mode`` and ``inductor`` count here.
-        portable: compile what inductor generates for any x86-64 CPU with AVX2 instead of for this one. Our own kernels
-            are chosen at run time either way. Needs a torch newer than 2.11.
+        cpu_isa: the CPUs that what inductor generates is compiled for: ``"avx2"``, any of x86-64 with AVX2, which is
+            the default there; ``"portable"``, any of x86-64; ``"native"``, this very CPU and those that have all it
+            has, the default elsewhere. (Our own kernels are chosen where they run in any case.)
 
     Returns:
         the path.
 
     Raises:
         ExportError: not an ExportedProgram, one without example inputs, or a path that does not end in ``.pt2``.
-        OptionNameError, OptionValueError: bad options, or ``portable`` where it cannot be had.
+        OptionNameError, OptionValueError: bad options.
         KernelBuildError: ``kernels="native"``, and there are none.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     options = Int8Config.make(config)
     if not isinstance(program, torch.export.ExportedProgram):
         raise ExportError(f"package(program, path): program is {type(program).__name__}; expected an ExportedProgram")
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise ExportError(f"package(program, path): path is {str(path)!r}; expected one that ends in '.pt2'")
     if program.example_inputs is None:
         raise ExportError(
             "package(program, path): program has no example inputs, which AOTInductor needs; set "
             "program.example_inputs = (args, kwargs)"
         )
-    if portable and not (inductor.can_compile_for_other_cpus() and platform.machine() in ("x86_64", "AMD64")):
-        raise OptionValueError(
-            "portable",
-            True,
-            f"False on {platform.machine()} with torch {torch.__version__}, which compiles for this CPU",
-        )
+    target = cpu_target(cpu_isa)
     is_native = options.kernels != "reference"
-    native.choose_provider(
-        options.kernels, list(program.state_dict.values())
-    )  # for its error, if "native" cannot be had
-    metadata = {"int8compile": json.dumps({"int8compile": int8compile.__version__, "calls_operators": is_native})}
-    with torch.no_grad():
-        inductor.compile_package(program, str(target), options, native=is_native, portable=portable, metadata=metadata)
-    return target
+    # for its error, if "native" cannot be had
+    native.choose_provider(options.kernels, list(program.state_dict.values()))
+    about = {
+        "int8compile": int8compile.__version__,
+        "torch": torch.__version__,
+        "calls_operators": is_native,
+        "machine": platform.machine(),
+        "cpu_isa": target.name,
+        "cpu_flags": target.flags,
+    }
+    metadata = {_OURS: json.dumps(about)}
+    with torch.no_grad(), written_whole("package(program, path)", path) as whole:
+        inductor.compile_package(program, str(whole), options, native=is_native, target=target, metadata=metadata)
+    return Path(path)
 
 
 def load_package(path: str | os.PathLike[str], kernels: str = "auto") -> Any:
@@ -85,7 +95,8 @@ def load_package(path: str | os.PathLike[str], kernels: str = "auto") -> Any:
         kernels: who computes the operators that the package calls, as in ``Int8Config``.
 
     Raises:
-        ProgramFileError: not a whole AOTInductor package.
+        ProgramFileError: not a whole AOTInductor package, one for another kind of machine, for a CPU that has what this
+            one lacks, or for a GPU where there is none, or one that this torch cannot load.
         FileNotFoundError: there is no such file.
         KernelBuildError: ``kernels="native"``, and there are none.
     """
@@ -93,12 +104,41 @@ def load_package(path: str | os.PathLike[str], kernels: str = "auto") -> Any:
     kernels = Int8Config(kernels=kernels).kernels
     if not os.path.exists(name):
         raise FileNotFoundError(f"load_package(path): there is no file {name!r}")
+    metadata = _metadata(name)
+    about = json.loads(metadata.get(_OURS, "{}"))
+    device = metadata.get("AOTI_DEVICE_KEY", "cpu")
+    _check_machine(name, about, device)
+    if about.get("calls_operators", True):
+        native.choose_provider(kernels, [torch.empty(0, device=device)])
+    try:
+        return inductor.load_package(name, vector_bits(about.get("cpu_isa")))
+    except RuntimeError as error:
+        made = f"made with torch {about['torch']}, " if "torch" in about else ""
+        raise ProgramFileError(f"{name}, {made}cannot be loaded with torch {torch.__version__}: {error}") from error
+
+
+def _metadata(name: str) -> dict[str, str]:
     try:
         with zipfile.ZipFile(name) as archive:
             records = archive.namelist()
-    except zipfile.BadZipFile as error:
+        if any("data/aotinductor/" in record for record in records):
+            return inductor.package_metadata(name)
+    except (zipfile.BadZipFile, RuntimeError) as error:
         raise ProgramFileError(f"{name} is truncated, or no package at all ({error})") from error
-    if not any("data/aotinductor/" in record for record in records):
-        raise ProgramFileError(f"{name} holds no AOTInductor package; int8compile.package makes them")
-    native.choose_provider(kernels, [torch.empty(0)])
-    return inductor.load_package(name)
+    raise ProgramFileError(f"{name} holds no AOTInductor package; int8compile.package makes them")
+
+
+def _check_machine(name: str, about: Mapping[str, Any], device: str) -> None:
+    """Machine code that a machine does not know ends the process; say so before."""
+    machine = about.get("machine", platform.machine())
+    if machine != platform.machine():
+        raise ProgramFileError(f"{name} was made for {machine}, and this is {platform.machine()}; package it here")
+    here = cpu_flags()
+    missing = [flag for flag in about.get("cpu_flags", ()) if flag not in here]
+    if missing:
+        raise ProgramFileError(
+            f"{name} was made with cpu_isa={about.get('cpu_isa')!r} and needs what this CPU lacks: "
+            f"{', '.join(missing)}; package the program with cpu_isa='avx2' or 'portable'"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProgramFileError(f"{name} was made for a GPU, and torch sees none here; package a program on the CPU")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ("errors", "graph_text"),
     ("config",),
-    ("report", "nvidia"),
+    ("report", "nvidia", "cpu_targets", "whole_files"),
     ("ops",),
     ("proof", "rules"),
     ("native",),

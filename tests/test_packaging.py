@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from test_models import FP32_BOUND
 from torch import nn
 
 import int8compile
-from int8compile import inductor, native
+from int8compile import cpu_targets, inductor, native, packaging
 from int8compile.errors import ExportError, OptionValueError, ProgramFileError
 from int8compile.ops._library import REFERENCES
 
@@ -44,7 +46,7 @@ def program() -> torch.export.ExportedProgram:
 
 @pytest.fixture(scope="module")
 def package(program, tmp_path_factory) -> Path:
-    return int8compile.package(program, tmp_path_factory.mktemp("package") / "model.aoti.pt2")
+    return int8compile.package(program, tmp_path_factory.mktemp("ein päckchen") / "a model.aoti.pt2")
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -148,16 +150,107 @@ def test_reference_packages_need_no_library(tmp_path):
     assert relative_error(torch.tensor(json.loads(python(code, path).stdout)), program.module()(x)) < FP32_BOUND
 
 
+def instructions(package: Path) -> str:
+    """The machine code in a package, disassembled."""
+    with zipfile.ZipFile(package) as archive:
+        (library,) = (name for name in archive.namelist() if name.endswith(".so"))
+        extracted = archive.extract(library, package.parent / f"{package.stem}-code")
+    return subprocess.run(["objdump", "-d", extracted], capture_output=True, text=True, check=True).stdout
+
+
+X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not inductor.can_compile_for_other_cpus(), reason="this torch compiles for this CPU alone")
-def test_portable_packages_and_loaded_programs(tmp_path):
+@X86
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "native"])
+def test_generated_code_is_for_the_cpus_that_were_asked_for(isa, tmp_path):
     program, x = mlp(), torch.randn(3, 16)
     int8compile.save(program, tmp_path / "program.pt2")
-    loaded = int8compile.load(tmp_path / "program.pt2")
-    path = int8compile.package(loaded, tmp_path / "package.pt2", portable=True)
-    model = int8compile.load_package(path)
-    assert model.get_metadata()["AOTI_CPU_ISA"] == "AVX2"
-    assert relative_error(model(x), program.module()(x)) < FP32_BOUND
+    path = int8compile.package(int8compile.load(tmp_path / "program.pt2"), tmp_path / "package.pt2", cpu_isa=isa)
+    code = instructions(path)
+    assert "%xmm" in code
+    if isa == "portable":
+        assert "%ymm" not in code
+    if isa == "avx2":
+        assert "%ymm" in code
+    if isa != "native":
+        assert "%zmm" not in code
+    assert relative_error(int8compile.load_package(path)(x), program.module()(x)) < FP32_BOUND
+
+
+@X86
+def test_our_kernels_choose_their_instructions_where_a_package_runs(program, package):
+    code = (
+        "import json, sys, torch, int8compile\n"
+        "model = int8compile.load_package(sys.argv[1])\n"
+        "print(json.dumps(model(input_ids=torch.tensor([[5, 6]]), use_cache=False)['logits'].tolist()))\n"
+        "print(torch.ops.int8compile_native.isa())"
+    )
+    logits, isa = python(code, package, INT8COMPILE_CPU_ISA="portable").stdout.splitlines()
+    assert isa == "portable"
+    expected = program.module()(input_ids=torch.tensor([[5, 6]]), use_cache=False)["logits"]
+    assert relative_error(torch.tensor(json.loads(logits)), expected) < FP32_BOUND
+
+
+def test_a_package_runs_where_there_is_no_compiler(program, package, tmp_path):
+    """By the reference operators, and it says so."""
+    code = (
+        "import json, sys, torch, int8compile\n"
+        "model = int8compile.load_package(sys.argv[1])\n"
+        "print(json.dumps(model(input_ids=torch.tensor([[5, 6]]), use_cache=False)['logits'].tolist()))"
+    )
+    done = python(code, package, CXX="no-such-compiler", INT8COMPILE_CACHE_DIR=str(tmp_path / "empty"))
+    assert "no C++ compiler (no-such-compiler) was found; the slower reference operators are used" in done.stderr
+    expected = program.module()(input_ids=torch.tensor([[5, 6]]), use_cache=False)["logits"]
+    assert relative_error(torch.tensor(json.loads(done.stdout)), expected) < FP32_BOUND
+
+
+def test_what_a_cpu_cannot_run_is_refused_before_it_is_loaded(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(packaging, "cpu_flags", lambda: frozenset({"avx"}))
+    with pytest.raises(ProgramFileError, match=r"needs what this CPU lacks: .*avx2.*cpu_isa='avx2' or 'portable'"):
+        int8compile.load_package(package)
+    monkeypatch.undo()
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(ProgramFileError, match=r"was made for .*, and this is riscv64; package it here"):
+        int8compile.load_package(package)
+
+
+def test_cpu_targets(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    everything = frozenset(cpu_targets.cpu_target("portable").flags) | frozenset(cpu_targets._V3) | {"avx512f"}
+    monkeypatch.setattr(cpu_targets, "cpu_flags", lambda: everything)
+    assert cpu_targets.cpu_target(None).name == "avx2"
+    assert "avx512f" in cpu_targets.cpu_target("native").flags
+    assert "avx512f" not in cpu_targets.cpu_target("avx2").flags
+    monkeypatch.setattr(cpu_targets, "cpu_flags", lambda: frozenset({"ssse3"}))
+    assert cpu_targets.cpu_target(None).name == "portable"
+    with pytest.raises(OptionValueError, match="cpu_isa='avx2': expected one of native, portable"):
+        cpu_targets.cpu_target("avx2")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert cpu_targets.cpu_target(None).name == "native"
+
+
+def test_a_package_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    """(1) the disk is full (2) the folder is not there (3) the path is a folder: the last two are seen at once."""
+    program, old = mlp(), tmp_path / "model.pt2"
+    old.write_text("old")
+
+    def fails(program, path, *_, **__):
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(inductor, "compile_package", fails)
+    with pytest.raises(OSError, match="disk full"):
+        int8compile.package(program, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    assert old.read_text() == "old"
+    with pytest.raises(FileNotFoundError, match=r"package\(program, path\): there is no folder .*missing"):
+        int8compile.package(program, tmp_path / "missing" / "model.pt2")
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder; expected a file to write"):
+        int8compile.package(program, tmp_path / "folder.pt2")
 
 
 @pytest.mark.slow
@@ -172,15 +265,14 @@ def test_packages_of_other_models_give_what_they_give_compiled(name, tmp_path):
     assert relative_error(output(int8compile.load_package(path)(**inputs)), expected) < FP32_BOUND
 
 
-def test_what_cannot_be_packaged_is_named(tmp_path, monkeypatch):
+def test_what_cannot_be_packaged_is_named(tmp_path):
     program = mlp()
     with pytest.raises(ExportError, match=r"path is 'model\.so'; expected one that ends in '\.pt2'"):
         int8compile.package(program, "model.so")
     with pytest.raises(ExportError, match="program is Linear; expected an ExportedProgram"):
         int8compile.package(nn.Linear(2, 2), "model.pt2")
-    monkeypatch.setattr(inductor, "can_compile_for_other_cpus", lambda: False)
-    with pytest.raises(OptionValueError, match="portable=True: expected False on"):
-        int8compile.package(program, "model.pt2", portable=True)
+    with pytest.raises(OptionValueError, match="cpu_isa='avx1024': expected one of"):
+        int8compile.package(program, "model.pt2", cpu_isa="avx1024")
     program.example_inputs = None
     with pytest.raises(ExportError, match="program has no example inputs"):
         int8compile.package(program, "model.pt2")

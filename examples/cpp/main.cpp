@@ -11,7 +11,27 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <string>
 #include <vector>
+
+namespace {
+
+// Whether this CPU has the vectors that the package's generated code was compiled with; the loader does not look.
+bool runs_here(const std::string& package) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(package, "model");
+  const auto found = metadata.find("AOTI_CPU_ISA");
+  const std::string isa = found == metadata.end() ? "" : found->second;
+  if (isa.find("AVX512") != std::string::npos) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+  }
+  return isa.find("AVX2") == std::string::npos || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+#else
+  return true;
+#endif
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   if (argc < 3) {
@@ -23,6 +43,10 @@ int main(int argc, char** argv) {
     tokens.push_back(std::atoll(argv[i]));
   }
   try {
+    if (!runs_here(argv[1])) {
+      std::fprintf(stderr, "%s was compiled for a CPU with wider vectors than this one's\n", argv[1]);
+      return 1;
+    }
     c10::InferenceMode no_gradients;
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
     // The program's tensor inputs in their order, here input_ids [batch, sequence]; what comes back is flat as well.
