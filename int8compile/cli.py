@@ -9,18 +9,31 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from int8compile.errors import Int8CompileError
 
 app = typer.Typer(
     help="LLM.int8() as a torch.compile backend: model = torch.compile(model, backend='int8')",
+    epilog="Exit codes: 0 done; 1 it could not be done, the reason is on stderr; 2 wrong usage. With --json, stdout is "
+    "one JSON document and nothing else.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -105,12 +118,7 @@ def quantize(
                 f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
             ) from error
         config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
-        with Progress(console=err, transient=True, disable=as_json) as bars:
-            tasks: dict[str, TaskID] = {}
-
-            def progress(file: str, done: int, total: int) -> None:
-                bars.update(tasks.get(file) or tasks.setdefault(file, bars.add_task(file, total=total)), completed=done)
-
+        with _progress(as_json, DownloadColumn()) as progress:
             done = convert.quantize_folder(source, target, config, format, progress)
         comparison = convert.compare(source, target, format) if verify else None
     result: dict[str, Any] = {
@@ -152,13 +160,16 @@ def explain(
 
     Example: int8compile explain ./SmolLM2-135M
     """
-    with failures_to_stderr(), _status(f"looking at {model}", as_json):
+    with failures_to_stderr(), _progress(as_json) as progress:
+        progress(f"load {model}", 0, None)
         import torch
 
         from int8compile.explanation import explain as explain_model
         from int8compile.named_models import find
 
         found = find(model)
+        progress(f"load {model}", 1, 1)
+        progress("trace the model", 0, None)
         with torch.no_grad():
             report = explain_model(
                 found.model, *found.args, options=_options(threshold, skip, min_features), **found.kwargs
@@ -179,13 +190,17 @@ def export(
 
     Example: int8compile export ./SmolLM2-135M smollm2.pt2
     """
-    with failures_to_stderr(), _status(f"exporting {model}", as_json):
+    with failures_to_stderr(), _progress(as_json) as progress:
+        progress(f"load {model}", 0, None)
         from int8compile.archive import save
         from int8compile.exporting import export as export_model
         from int8compile.named_models import find
         from int8compile.session import last_report
 
-        program = export_model(*find(model), config=_options(threshold, skip, min_features))
+        found = find(model)
+        progress(f"load {model}", 1, 1)
+        program = export_model(*found, config=_options(threshold, skip, min_features), progress=progress)
+        progress(f"write {target}", 0, None)
         save(program, target)
         report = last_report()
     summary = report.summary() if report is not None else ""
@@ -208,11 +223,15 @@ def package(
 
     Example: int8compile package smollm2.pt2 smollm2.aoti.pt2
     """
-    with failures_to_stderr(), _status(f"compiling {program}", as_json):
+    with failures_to_stderr(), _progress(as_json) as progress:
+        progress(f"load {program}", 0, None)
         from int8compile.archive import load
         from int8compile.packaging import package as make_package
 
-        make_package(load(program, kernels), target, {"kernels": kernels}, cpu_isa=cpu_isa)
+        loaded = load(program, kernels)
+        progress(f"load {program}", 1, 1)
+        progress("compile", 0, None)
+        make_package(loaded, target, {"kernels": kernels}, cpu_isa=cpu_isa)
     size = target.stat().st_size
     if as_json:
         print_json({"path": str(target), "bytes": size})
@@ -224,9 +243,19 @@ def _options(threshold: float, skip: list[str] | None, min_features: int) -> dic
     return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
 
 
-def _status(text: str, quiet: bool) -> contextlib.AbstractContextManager[object]:
-    """A spinner on stderr while something goes on."""
-    return contextlib.nullcontext() if quiet else err.status(text)
+@contextlib.contextmanager
+def _progress(quiet: bool, amount: ProgressColumn | None = None) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Bars on stderr, one a step: how much of it is done, or only that it goes on, and for how long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(step: str, done: int, total: int | None) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(escape(step), total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield progress
 
 
 class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
@@ -236,7 +265,7 @@ class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (Int8CompileError, FileNotFoundError)):
+        if isinstance(error, (Int8CompileError, OSError)):
             err.print(f"int8compile: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
 

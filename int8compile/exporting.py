@@ -13,8 +13,9 @@ one pair, named for all of them: ``layers.0.attn.q_k_v.weight_int8`` holds the r
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,19 @@ from int8compile.graph_text import meta_value
 from int8compile.report import GraphReport, Report
 from int8compile.weights import Member, Packed, WeightStore
 
+log = logging.getLogger(__name__)
+
+#: told of each step: what it is, how much of it is done, of how much
+Progress = Callable[[str, int, int | None], None]
+
+#: what torch.export says -> what to do about it
+_WAYS_OUT = {
+    "not a known type": "the model returns an object that torch.export does not know; a transformers model returns no "
+    "cache with kwargs={'use_cache': False}",
+    "0/1 specialized": "a dimension that dynamic_shapes makes dynamic has size 0 or 1 in args, which torch.export "
+    "takes for its only size; take example inputs of size 2 or more there",
+}
+
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -42,6 +56,8 @@ def export(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     config: object = None,
+    *,
+    progress: Progress | None = None,
 ) -> torch.export.ExportedProgram:
     """Export a model for inference with its linears in int8.
 
@@ -59,6 +75,8 @@ def export(
         args, kwargs, dynamic_shapes: as for ``torch.export.export``; not with an ``ExportedProgram``.
         config: options, as a dict, an ``Int8Config`` or a ``BitsAndBytesConfig``. The program does not depend on
             ``kernels``, which says what runs it here; ``mode`` and ``inductor`` are for ``int8compile.package``.
+        progress: called as ``progress(step, done, total)`` when something has been done; total is None while that
+            cannot be counted.
 
     Raises:
         ExportError: the model is neither a module nor an exported program, or args are not a tuple.
@@ -71,12 +89,15 @@ def export(
         raise OptionValueError(
             "release_weights", True, "False (an exported program keeps no float weights; the model stays as it is)"
         )
+    tell = progress or (lambda step, done, total: None)
+    tell("trace the model", 0, None)
     program = _exported(model, args, kwargs, dynamic_shapes)
+    tell("trace the model", 1, 1)
     captured, duplicates = _capture(program)
     # The operators stay calls; this is who computes them where the program runs as it is, in this process.
     provider = native.choose_provider(options.kernels, list(program.state_dict.values()))
     report = rewrite_capture(captured, options, provider, grad_enabled=False)
-    rewritten = _assemble(program, captured, duplicates)
+    rewritten = _assemble(program, captured, duplicates, tell)
     rewritten.graph_module.meta["int8compile"] = _provenance(options, report)
     session.record(report, weakref.ref(rewritten))  # a report of its own, whatever was done to the model before
     announce(report)
@@ -97,17 +118,24 @@ def _exported(model: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> torch.
         )
     if not isinstance(args, tuple):
         raise ExportError(f"export(model, args): args is {type(args).__name__}; expected a tuple, such as (x,)")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise ExportError(
+                f"export(model, ...): {name} is on the meta device, without values; load the weights first"
+            )
+    if model.training:
+        log.warning(
+            "int8: export: the model is in training mode, and so is the program: dropout drops; call eval() first"
+        )
     original = getattr(model, "_orig_mod", model)  # of a module that torch.compile wrapped
     try:
         with torch.no_grad():
             return torch.export.export(original, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
-    except RuntimeError as error:
-        if "not a known type" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        way_out = next((text for sign, text in _WAYS_OUT.items() if sign in str(error)), None)
+        if way_out is None:
             raise
-        raise ExportError(
-            "export(model, ...): the model returns an object that torch.export does not know; a transformers model "
-            f"returns no cache with kwargs={{'use_cache': False}}\n{error}"
-        ) from error
+        raise ExportError(f"export(model, ...): {way_out}\n{error}") from error
 
 
 def _capture(program: torch.export.ExportedProgram) -> tuple[Capture, dict[fx.Node, list[fx.Node]]]:
@@ -149,7 +177,10 @@ def _identity(value: torch.Tensor) -> object:
 
 
 def _assemble(
-    program: torch.export.ExportedProgram, captured: Capture, duplicates: Mapping[fx.Node, list[fx.Node]]
+    program: torch.export.ExportedProgram,
+    captured: Capture,
+    duplicates: Mapping[fx.Node, list[fx.Node]],
+    tell: Progress,
 ) -> torch.export.ExportedProgram:
     """The rewritten graph as a program: its signature, its int8 buffers, and what is left of its float weights."""
     graph = captured.graph
@@ -160,7 +191,8 @@ def _assemble(
     specs = dict(zip(captured.examples, program.graph_signature.input_specs, strict=True))
     gone = {spec.target for node, spec in specs.items() if node not in kept}
     state = {name: _frozen(value) for name, value in program.state_dict.items() if name not in gone}
-    for lifted, name, packed in _packed(captured, state):
+    for done, (lifted, name, packed) in enumerate(_packed(captured, state), 1):
+        tell("quantise weights", done, len(captured.lifted))
         for node, suffix, value in zip((lifted.weight, lifted.scale), ("int8", "scale"), packed, strict=True):
             target = f"{name}_{suffix}"
             state[target] = value

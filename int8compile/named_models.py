@@ -59,6 +59,7 @@ def _from_transformers(name: str) -> NamedModel:
         import transformers
     except ImportError as error:
         raise ModelNameError(name, "a transformers model needs pip install 'int8compile[transformers]'") from error
+    transformers.logging.disable_progress_bar()  # the command line has bars of its own
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from int8compile import native
@@ -81,7 +82,15 @@ def test_wrong_usage_exits_with_2():
     assert runner.invoke(app, ["buidl"]).exit_code == 2
 
 
+def test_every_command_has_json_and_an_example():
+    for name in typer.main.get_command(app).commands:
+        shown = runner.invoke(app, [name, "--help"]).stdout
+        assert "--json" in shown, name
+        assert f"int8compile {name}" in shown.split("Example:")[1], name
+
+
 def test_it_runs_as_a_program():
     shown = program("--help").stdout
+    assert "Exit codes: 0 done; 1" in " ".join(shown.split())
     assert "doctor" in shown
     assert "build" in shown

@@ -1,14 +1,22 @@
 """``explain``, ``export`` and ``package``: a model named on the command line becomes a program and a package."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
+import typer
 from model_zoo import llama, tokens
 from typer.testing import CliRunner
 
 import int8compile
 from int8compile.cli import app
+from int8compile.config import cache_folder
+from int8compile.named_models import find
 
 runner = CliRunner()
 SOURCE = """
@@ -57,6 +65,49 @@ def test_a_transformers_folder_through_to_its_package(folder):
     ids = tokens(5)
     expected = int8compile.load("llama.pt2").module()(input_ids=ids)["logits"]
     torch.testing.assert_close(int8compile.load_package("llama.aoti.pt2")(input_ids=ids)["logits"], expected)
+
+
+@pytest.mark.slow
+def test_the_examples_of_help_run(folder):
+    """In the order in which a reader meets them, on a model of the name that they use."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=128, num_key_value_heads=4, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained("SmolLM2-135M")
+    environment = {**os.environ, "INT8COMPILE_CACHE_DIR": str(cache_folder())}
+    for name, command in typer.main.get_command(app).commands.items():
+        example = re.search(r"Example: (.*)", command.help)[1]
+        # What is built already need not be built again in another folder.
+        words = [word for word in example.split() if not word.startswith("INT8COMPILE_CACHE_DIR=")]
+        assert words[:2] == ["int8compile", name]
+        arguments = [sys.executable, "-m", "int8compile.cli", *words[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, f"{example}\n{done.stderr}"
+        if "--json" in words:
+            json.loads(done.stdout)
+    assert (folder / "smollm2.aoti.pt2").exists()
+
+
+def test_progress_is_on_stderr_and_names_the_steps(folder):
+    shown = run("export", "models_of_mine:tiny", "tiny.pt2", "--min-features", "0")
+    assert shown.stdout.startswith("tiny.pt2: ")
+    quiet = run("export", "models_of_mine:tiny", "tiny.pt2", "--min-features", "0", "--json")
+    assert "quantise" not in quiet.stderr
+    steps = []
+    program = int8compile.export(
+        *find("models_of_mine:tiny"), {"min_features": 0}, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [
+        ("trace the model", 0, None),
+        ("trace the model", 1, 1),
+        ("quantise weights", 1, 2),
+        ("quantise weights", 2, 2),
+    ]
+    assert program.state_dict["0.weight_int8"].dtype is torch.int8
+
+
+def test_what_cannot_be_written_exits_with_1(folder):
+    result = run("export", "models_of_mine:tiny", "missing/tiny.pt2", code=1)
+    assert "there is no folder 'missing'" in result.stderr
 
 
 def test_mistakes_exit_with_1_and_their_reason(folder):

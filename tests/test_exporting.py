@@ -230,6 +230,10 @@ def test_what_cannot_be_taken_is_named():
         int8compile.export(torch.export.export(model, (x,)), (x,))
     with pytest.raises(OptionValueError, match="release_weights=True"):
         int8compile.export(model, (x,), config={"release_weights": True})
+    with pytest.raises(ExportError, match=r"has size 0 or 1 in args.*take example inputs of size 2 or more"):
+        int8compile.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    with torch.device("meta"), pytest.raises(ExportError, match=r"mix is on the meta device"):
+        int8compile.export(Block(), (x,))
     llama = ENTRIES["Llama"].make()[0]
     with pytest.raises(ExportError, match="'use_cache': False"):
         int8compile.export(llama, (), {"input_ids": tokens()})
