@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                        # SmolLM2-135M
     python -m benchmarks.memory --model FOLDER --dtype bfloat16
+    python -m benchmarks.memory --programs             # sizes of exported programs and packages instead
 
 Each way runs in a process of its own and is sampled every millisecond. "own" are the pages that belong to the process
 alone; "resident" counts those of mapped checkpoint files as well, which the system can drop and read again at any time.
@@ -25,6 +26,8 @@ import rich.console
 import rich.table
 import typer
 
+from benchmarks import program_sizes
+
 COLUMNS = ("model", "largest tensor", "own, peak", "own, after", "resident, peak", "resident, after")
 WAYS = ("float", "float, then quantize_", "int8 while loading", "int8 checkpoint")
 
@@ -32,6 +35,7 @@ WAYS = ("float", "float, then quantize_", "int8 while loading", "int8 checkpoint
 def main(
     model: Annotated[str | None, typer.Option(help="transformers folder or hub id; default: SmolLM2-135M")] = None,
     dtype: Annotated[str, typer.Option(help="of the float model")] = "float32",
+    programs: Annotated[bool, typer.Option("--programs", help="files of exported programs instead")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     way: Annotated[str | None, typer.Option(hidden=True)] = None,
     int8: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -43,6 +47,10 @@ def main(
         model = str(folder())
     if way is not None:
         print(json.dumps(measure(way, model, dtype, str(int8))))
+        return
+    if programs:
+        found = program_sizes.sizes(model)
+        print(json.dumps(found)) if as_json else rich.console.Console().print(program_sizes.table(found))
         return
     with tempfile.TemporaryDirectory() as work:
         results = {name: _in_a_process(name, model, dtype, work) for name in WAYS}

@@ -2,14 +2,18 @@
 checked before they are timed.
 """
 
+import io
 import json
+import re
 import xml.etree.ElementTree
 
 import pytest
+import rich.console
 import torch
 import typer
 
-from benchmarks import common, linear, linear_contenders, random_llama, results, targets
+import int8compile
+from benchmarks import common, linear, linear_contenders, program_sizes, random_llama, results, targets
 from benchmarks.linear_contenders import Case, Prepared, WrongResultError
 
 SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
@@ -251,3 +255,20 @@ def test_the_random_llama_has_outlier_features_and_the_same_weights_in_every_dty
         model(torch.tensor(random_llama.random_tokens("tiny", 1, 64)))
     columns = (seen[0].abs() >= 6.0).any(dim=0).sum()
     assert columns == random_llama.OUTLIER_FEATURES
+
+
+def test_sizes_of_programs(tmp_path, monkeypatch):
+    """One byte for a weight that took two; a package holds its code besides."""
+
+    def make():
+        model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4))).eval().bfloat16()
+        return model, {"input": torch.zeros(2, 512, dtype=torch.bfloat16)}
+
+    # AOTInductor takes most of a minute, and its packages are tested elsewhere.
+    monkeypatch.setattr(int8compile, "package", lambda program, path: path.write_bytes(b"x" * 10) and path)
+    found = program_sizes.sizes("", {"mlp": make})["mlp"]
+    assert 0.48 < found["int8 program"] / found["16-bit program"] < 0.56
+    assert found["int8 package"] == 10
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(program_sizes.table({"mlp": found}))
+    assert re.search(r"mlp\s+2\.\d\s+1\.\d \(0\.5\dx\)", console.file.getvalue())
