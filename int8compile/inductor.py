@@ -87,11 +87,21 @@ def compile_package(
         program = program.run_decompositions(dict(REFERENCES))
     patches = {**list_mode_options(config.mode or "default"), **config.inductor}
     patches["aot_inductor.metadata"] = {**patches.get("aot_inductor.metadata", {}), **metadata}
+    if _writes(program):
+        # Else a buffer of zeros is taken for a constant, though the program writes to it: every call would begin anew
+        # (PyTorch issue 165444).
+        patches["joint_graph_constant_folding"] = False
     if target.vector_bits is not None:
         patches["cpp.simdlen"] = target.vector_bits
     tag = _cache_tag(config, native)
     with torch.compiler.config.patch(cache_key_tag=tag), _compiled_for(target):  # type: ignore[attr-defined]
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=patches)
+
+
+def _writes(program: torch.export.ExportedProgram) -> bool:
+    """Whether a program changes any tensor; only one of its buffers could be of use."""
+    schemas = [node.target._schema for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return bool(program.graph_signature.buffers_to_mutate) or any(schema.is_mutable for schema in schemas)
 
 
 @contextlib.contextmanager

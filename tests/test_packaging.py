@@ -207,6 +207,32 @@ def test_a_package_runs_where_there_is_no_compiler(program, package, tmp_path):
     assert relative_error(torch.tensor(json.loads(done.stdout)), expected) < FP32_BOUND
 
 
+class Counting(nn.Module):
+    """A cache of zeros at first, which each call writes a row of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(16, 16)
+        self.register_buffer("keys", torch.zeros(4, 16))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.keys.index_copy_(0, self.position.reshape(1), self.key(x))
+        self.position.add_(1)
+        return x @ self.keys.t()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_package_keeps_its_state_from_call_to_call(decomposed, tmp_path):
+    x = torch.randn(1, 16)
+    program = int8compile.export(Counting().eval(), (x,), config={"min_features": 0})
+    program = program.run_decompositions() if decomposed else program
+    model, run = program.module(), int8compile.load_package(int8compile.package(program, tmp_path / "model.pt2"))
+    for _ in range(3):
+        assert relative_error(run(x), model(x)) < FP32_BOUND
+
+
 def test_what_a_cpu_cannot_run_is_refused_before_it_is_loaded(package, tmp_path, monkeypatch):
     monkeypatch.setattr(packaging, "cpu_flags", lambda: frozenset({"avx"}))
     with pytest.raises(ProgramFileError, match=r"needs what this CPU lacks: .*avx2.*cpu_isa='avx2' or 'portable'"):
