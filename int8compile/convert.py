@@ -122,8 +122,10 @@ class _Plan:
         self.sites = [f.site for f in found]
         self._int8 = {path: f for f in found if f.site.reason is Reason.REWRITTEN for path in f.paths}
         self._names = _Names(model)
-        marked = (key for file in files for key in _keys(file) if self._module(key) is not None)
-        self._marked = next(marked, None) if format == "int8compile" else None
+        # The first in the model's order, like save_pretrained; a checkpoint's order is its own.
+        keys = {self._path(key): key for file in files for key in _keys(file) if self._module(key) is not None}
+        marked = next((keys[path] for path in self._int8 if path in keys), None)
+        self._marked = marked if format == "int8compile" else None
 
     def convert(self, key: str, tensor: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
         """What stands in the int8 checkpoint for one tensor of the float one."""
@@ -147,8 +149,14 @@ class _Plan:
         return made if isinstance(made, dict) else dict(made.to_dict())
 
     def _module(self, key: str) -> Any:
+        """The linear that becomes int8 and whose weight this is, or None."""
+        path = self._path(key)
+        return self._int8[path].module if path in self._int8 else None
+
+    def _path(self, key: str) -> str:
+        """Of the module whose weight this is; empty if it is no weight."""
         path, _, name = self._names.in_model(key).rpartition(".")
-        return self._int8[path].module if name == "weight" and path in self._int8 else None
+        return path if name == "weight" else ""
 
 
 class _Names:
