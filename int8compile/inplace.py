@@ -95,6 +95,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
     Returns:
         how many linears were converted.
+
+    Raises:
+        ModuleError: ``dtype`` is no float's, the model is itself an ``Int8Linear``, or a part of it is offloaded.
     """
     model = _unwrapped(model, "dequantize_")
     if isinstance(model, Int8Linear):
@@ -103,6 +106,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         raise ModuleError(f"dequantize_(model, dtype={dtype}): expected a floating-point dtype")
     shared: dict[int, nn.Parameter] = {}
     modules = _by_identity(model, (Int8Linear, Int8MasterLinear))
+    offloaded = next((paths[0] for module, paths in modules if is_offloaded(module)), None)
+    if offloaded is not None:
+        raise ModuleError(f"dequantize_(model): {offloaded} is offloaded by accelerate; load the model without offload")
     for module, paths in modules:
         assert isinstance(module, (Int8Linear, Int8MasterLinear))
         key = id(module.weight)
@@ -204,6 +210,7 @@ class _Facts:
             or next(by_caller, None)
             or next(filter(None, by_name), None)
             or rules.size_refusal(k, n, self.config)
+            or ((Reason.CUSTOM, "offloaded by accelerate") if is_offloaded(module) else None)
             or (Reason.REWRITTEN, "")
         )
 
@@ -212,7 +219,8 @@ def _module_refusal(module: nn.Module, weight: torch.Tensor) -> tuple[Reason, st
     if "weight" not in module._parameters:
         return Reason.NOT_CONSTANT, "parametrized"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if "forward" in vars(module) or (own_forward and type(module).__name__ not in _KNOWN_LINEARS):
+    replaced_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # which is accelerate's doing
+    if replaced_forward or (own_forward and type(module).__name__ not in _KNOWN_LINEARS):
         return Reason.CUSTOM, type(module).__name__
     if type(weight) not in rules.PLAIN_TENSORS:
         return Reason.SUBCLASS, type(weight).__name__
@@ -246,9 +254,21 @@ def _by_identity(
     return [(module, tuple(paths)) for module, paths in found.values()]
 
 
-def _replace(model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere between calls, and only empty ones in it."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What was hooked to a module goes on with the one in its place; accelerate's moving between devices too."""
     for name in _HOOKS:
         vars(new)[name] = vars(old)[name]
+    if hasattr(old, "_hf_hook") and not is_offloaded(old):
+        sys.modules["accelerate.hooks"].add_hook_to_module(new, old._hf_hook)
+
+
+def _replace(model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
+    carry_hooks(old, new)
     for path in paths:
         model.set_submodule(path, new)
 

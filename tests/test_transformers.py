@@ -228,23 +228,6 @@ def test_device_maps(tmp_path, device_map):
     assert torch.equal(result(model, inputs), result(int8_model(tmp_path)[0], inputs))
 
 
-def test_offload_to_disk_is_int8_too(tmp_path):
-    loaded, inputs = int8_model(tmp_path, llm_int8_enable_fp32_cpu_offload=True)
-    loaded.save_pretrained(tmp_path / "int8")
-    device_map = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
-    device_map |= {"lm_head": "cpu", "model.layers.1": "disk"}
-    where = {"device_map": device_map, "offload_folder": tmp_path / "offload", "offload_buffers": True}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", **where)
-    assert model.model.layers[1].mlp.up_proj.weight.is_meta
-    assert torch.equal(result(model, inputs), result(loaded, inputs))
-
-    config = Int8Config(**SMALL, llm_int8_enable_fp32_cpu_offload=True)
-    with pytest.raises(ValueError, match="from an int8 checkpoint only"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config, **where)
-    with pytest.raises(ValueError, match="llm_int8_enable_fp32_cpu_offload=True"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=Int8Config(), **where)
-
-
 def test_a_process_that_does_not_know_us_fails_and_one_that_does_loads(tmp_path):
     loaded, _ = int8_model(tmp_path)
     loaded.save_pretrained(tmp_path / "int8")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -30,7 +31,7 @@ import int8compile
 from int8compile import config as core
 from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.formats import FORMATS, entries, mark
-from int8compile.inplace import dequantize_, find_linears, report_of, skeleton_
+from int8compile.inplace import carry_hooks, dequantize_, find_linears, is_offloaded, report_of, skeleton_
 from int8compile.integrations.loading import Deserialize, Quantize
 from int8compile.modules import Int8Linear
 from int8compile.report import Reason, Report
@@ -267,10 +268,12 @@ def state_dict(model: nn.Module, format: str) -> dict[str, torch.Tensor]:
     result = model.state_dict()
     marked = format != "int8compile"
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Int8Linear) or module.weight.is_meta:
+        if not isinstance(module, Int8Linear):
             continue
         names = {name: f"{path}.{name}" for name in ("weight", "weight_scale")}
         packed = Packed(*(result.pop(name) for name in names.values()))
+        if is_offloaded(module):  # mapped from where it is, not read
+            packed = Packed(*(load_offloaded_parameter(model, name) for name in names.values()))
         for name, tensor in entries(packed, format).items():
             result[f"{path}.{name}"] = tensor
         if not marked:
@@ -322,18 +325,14 @@ def _initialize_missing(model: Any, loaded: set[str]) -> None:
             continue
         device = module.weight.device if not module.weight.is_meta else torch.device("cpu")
         new = module.to_empty(device=device).to_float()
+        carry_hooks(module, new)
         model.set_submodule(path, new)
         model._init_weights(new)
 
 
 def _check_offload(model: nn.Module) -> None:
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if (
-            isinstance(module, Int8Linear)
-            and getattr(hook, "offload", False)
-            and not getattr(hook, "offload_buffers", True)
-        ):
+        if isinstance(module, Int8Linear) and is_offloaded(module) and not module._hf_hook.offload_buffers:
             raise ValueError(
                 "device_map offloads int8 weights, which are buffers: pass offload_buffers=True to from_pretrained, "
                 "or they would all be moved to the execution device"
