@@ -11,6 +11,7 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks import bitsandbytes_checkpoint
 from int8compile import Int8Linear, quantize_
 from int8compile.errors import OptionValueError
 from int8compile.formats import absmax_of
@@ -173,3 +174,18 @@ def test_we_read_what_bitsandbytes_writes(tmp_path, saved):
             assert torch.equal(module.weight_scale, entries[f"{path}.SCB"] / 127)
     out, want = logits(ours, inputs), logits(theirs, inputs)
     assert (out - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_their_cast_and_a_constant_are_all_that_is_between_us(tmp_path, name):
+    pytest.importorskip("bitsandbytes")
+    ENTRIES[name].make()[0].save_pretrained(tmp_path)
+    theirs, ours = bitsandbytes_checkpoint.load_both(str(tmp_path), threshold=3.0)
+    with torch.no_grad():
+        layers = bitsandbytes_checkpoint.compare_layers(theirs, ours, list(range(32)))
+    with_cast = layers["with bitsandbytes' cast"]
+    assert with_cast.count == sum(isinstance(m, Int8Linear) for m in ours.modules()) > 0
+    assert with_cast.codes == 0
+    assert with_cast.worst < 2.5e-5  # 1.8e-5 of it by 6.200124e-05, where 1 / 127**2 is 6.200012e-05
+    assert layers["as it is"].codes > 0
+    assert layers["as it is"].worst < 0.02
