@@ -332,7 +332,8 @@ def _initialize_missing(model: Any, loaded: set[str]) -> None:
 
 def _check_offload(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Int8Linear) and is_offloaded(module) and not module._hf_hook.offload_buffers:
+        hook: Any = getattr(module, "_hf_hook", None)
+        if isinstance(module, Int8Linear) and is_offloaded(module) and not hook.offload_buffers:
             raise ValueError(
                 "device_map offloads int8 weights, which are buffers: pass offload_buffers=True to from_pretrained, "
                 "or they would all be moved to the execution device"
