@@ -159,6 +159,8 @@ def is_constant(node: fx.Node) -> bool:
 
 def module_path(source: str) -> str:
     """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``."""
+    # A class with a __getattr__ of its own, such as PEFT's wrappers, is reached into by its __dict__.
+    source = re.sub(r"\.__dict__\['(_(?:modules|parameters|buffers))'\]", r".\1", source)
     path = re.sub(r"\.?_(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", source)
     path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", lambda m: "." + (m[1] or m[2]), path)
     # What is left in front is how the frame reached the model: L.self, L.args.0, G.model ...
