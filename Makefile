@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
-.PHONY: install demo test test-all lint bench clean help
+.PHONY: install demo test test-all test-cuda lint bench clean help
 install: $(INSTALLED)	## make .venv, or bring it up to date
 
 demo: $(INSTALLED)	## float and int8 side by side on a language model
@@ -31,6 +31,9 @@ test: $(INSTALLED)	## the fast tests
 
 test-all: $(INSTALLED)	## all tests
 	$(PYTEST)
+
+test-cuda: $(INSTALLED)	## the CUDA kernels compiled for every architecture (needs nvcc, no GPU)
+	$(PYTEST) -m slow tests/test_cuda_build.py
 
 lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """Building the CUDA kernels where there is no GPU: for which architectures, with what, how they compile and load."""
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -85,17 +86,23 @@ def test_kernels_compile_as_cpp20(source):
 
 
 def cuobjdump() -> str | None:
-    """The toolkit's, or the one in triton's wheel."""
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin")
-    for folder in sys.path:
-        candidate = Path(folder) / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if found is None and candidate.exists():
-            found = str(candidate)
-    return found
+    """The toolkit's, or the one of the package nvidia-cuda-cuobjdump, which has nvdisasm beside it, or of triton."""
+    inside = [folder / "nvidia" / "cu13" / "bin" for folder in map(Path, sys.path)]
+    inside += [folder / "triton" / "backends" / "nvidia" / "bin" for folder in map(Path, sys.path)]
+    places = [os.environ.get("PATH", ""), f"{CUDA_HOME}/bin", *map(str, inside)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+def machine_code(binary: Path) -> str:
+    """The SASS in an object."""
+    tool = Path(str(cuobjdump()))
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}  # for nvdisasm
+    command = [str(tool), "-sass", str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 @needs_nvcc
-@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump (the CUDA toolkit's, or triton's)")
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump (pip install nvidia-cuda-cuobjdump)")
 @pytest.mark.parametrize(
     ("source", "architecture", "opcodes"),
     [
@@ -108,9 +115,9 @@ def cuobjdump() -> str | None:
 )
 def test_machine_code_uses_tensor_cores_and_asynchronous_copies(source, architecture, opcodes):
     _, target = compiled(source, architecture)
-    sass = subprocess.run([str(cuobjdump()), "-sass", str(target)], capture_output=True, text=True, check=True).stdout
-    assert opcodes <= set(re.findall(r"\b([A-Z][A-Z0-9]+)\b", sass))
-    assert not {"LDL", "STL"} & set(re.findall(r"\b([A-Z][A-Z0-9]+)\b", sass))  # local memory: spills
+    found = set(re.findall(r"\b([A-Z][A-Z0-9]+)\b", machine_code(target)))
+    assert opcodes <= found
+    assert not {"LDL", "STL"} & found  # local memory: spills
 
 
 class TestArchitectures:

@@ -2,9 +2,9 @@
 //
 // The product uses vpmaddwd on codes widened to int16: 16 multiplications an instruction and exact, where vpmaddubsw,
 // with 32, saturates. (On magnitudes, with the signs moved to the weight by vpsignb, it would be exact; from registers
-// alone that was 1.1 times as fast on two cores of Zen 3, too little for a packing of its own.) See widened.h for the blocking. The micro-kernel keeps 12 accumulators of 8 partial sums each in
-// the 16 registers: 6 rows by 2 columns, or fewer rows by up to 4 columns. Partial sums run along K and are added up
-// at the end of the block.
+// alone that was 1.1 times as fast on two cores of Zen 3, too little for a packing of its own.) See widened.h for the
+// blocking. The micro-kernel keeps 12 accumulators of 8 partial sums each in the 16 registers: 6 rows by 2 columns, or
+// fewer rows by up to 4 columns. Partial sums run along K and are added up at the end of the block.
 
 #include "kernels.h"
 #include "target.h"
