@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def problems(results: dict[str, Any]) -> list[str]:
             found += [
                 f"{tool}: {text}"
                 for tool, text in result.items()
-                if tool in ("memcheck", "racecheck") and ": 0 errors" not in text and "0 hazards" not in text
+                if tool in ("memcheck", "racecheck") and not re.search(r"SUMMARY: 0 (errors|hazards)", text)
             ]
     return found
 

@@ -275,17 +275,23 @@ def _enable_wgmma(library: Path) -> None:
     """Let the dispatch table choose Hopper's wgmma kernels where they have been proven, once a GPU model and build.
 
     The proof runs in a process of its own, since kernels that fail could hang or take the process's CUDA context with
-    them; what comes of it is kept beside the library.
+    them; what comes of it is kept beside the library. That it failed stands there before it begins: where a process
+    was killed because the proof hung, the next one need not hang too.
     """
     hopper = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) == (9, 0)]
     if not hopper:
         return
     name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(hopper[0]))
     verdict = library.parent / f"wgmma-{name}"
-    if not verdict.exists():
-        problem = _failed_proof(library, hopper[0])
-        verdict.write_text(problem)
-    problem = verdict.read_text()
+    with _locked(verdict.with_suffix(".lock")):
+        if not verdict.exists():
+            verdict.write_text("their proof did not end")
+            try:
+                verdict.write_text(_failed_proof(library, hopper[0]))
+            except BaseException:  # Ctrl-C says nothing about the kernels
+                verdict.unlink()
+                raise
+        problem = verdict.read_text()
     if problem:
         _warn_once(f"int8: the wgmma kernels are not used: {problem} (delete {verdict} to try again)")
     else:
@@ -297,7 +303,7 @@ def _failed_proof(library: Path, device: int) -> str:
     command = [sys.executable, "-m", "int8compile.proof", str(library), str(device)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return f"their proof did not end: {type(error).__name__}"
     if done.returncode == 0:

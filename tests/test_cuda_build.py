@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -209,6 +210,30 @@ class TestWgmmaProof:
         monkeypatch.setattr(native, "_failed_proof", lambda *args: pytest.fail("was tried again"))
         native._enable_wgmma(library)
         assert not chosen
+
+    def test_a_proof_in_which_the_process_is_killed_has_failed(self, hopper, monkeypatch, caplog):
+        library, chosen = hopper
+
+        def killed(library, device):
+            texts = {path.name: path.read_text() for path in library.parent.glob("wgmma-*")}
+            raise SystemExit(repr(texts))  # as far as it got
+
+        monkeypatch.setattr(native, "_failed_proof", killed)
+        with pytest.raises(SystemExit, match="'wgmma-NVIDIA-H200': 'their proof did not end'"):
+            native._enable_wgmma(library)
+        (library.parent / "wgmma-NVIDIA-H200").write_text("their proof did not end")
+        native._enable_wgmma(library)
+        assert not chosen
+        assert "the wgmma kernels are not used: their proof did not end (delete" in caplog.text
+
+    def test_a_proof_that_was_interrupted_is_tried_again(self, hopper, monkeypatch):
+        library, chosen = hopper
+        monkeypatch.setattr(native, "_failed_proof", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            native._enable_wgmma(library)
+        monkeypatch.setattr(native, "_failed_proof", lambda *args: "")
+        native._enable_wgmma(library)
+        assert chosen == [True]
 
     def test_what_is_proven_is_used(self, hopper, monkeypatch):
         library, chosen = hopper

@@ -65,5 +65,19 @@ def test_failures_and_missed_ends_are_problems():
     assert gpu_report.problems(results) == ["correctness: M=1: wrong", "model: failed b"]
     results = {"sections": {"correctness": {"status": "ok", "result": {"complete": False}}}}
     assert gpu_report.problems(results) == ["correctness: ran out of time before its end"]
-    results = {"sections": {"sanitizer": {"status": "ok", "result": {"memcheck": "ERROR SUMMARY: 2 errors"}}}}
-    assert gpu_report.problems(results) == ["memcheck: ERROR SUMMARY: 2 errors"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sound"),
+    [
+        ("ERROR SUMMARY: 0 errors", True),
+        ("ERROR SUMMARY: 10 errors", False),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        ("RACECHECK SUMMARY: 10 hazards displayed (0 errors, 10 warnings)", False),
+        ("took too long", False),
+        ("exit code -11: ", False),
+    ],
+)
+def test_what_the_sanitizer_says(text, sound):
+    results = {"sections": {"sanitizer": {"status": "ok", "result": {"memcheck": text}}}}
+    assert gpu_report.problems(results) == ([] if sound else [f"memcheck: {text}"])
