@@ -81,7 +81,8 @@ def _layers(results: dict[str, Any]) -> Table:
         ours, bf16 = us.get(OURS), us.get("bf16")
         ratio = bf16 / ours if ours and bf16 else None
         target = (TARGETS if (k, n) in BIG else SMALL_TARGETS if (k, n) == (4096, 4096) else {}).get(m)
-        cost = us["int8, 64 outliers"] / us["int8, 0 outliers"] - 1 if "int8, 64 outliers" in us else None
+        many, none = us.get("int8, 64 outliers"), us.get("int8, 0 outliers")
+        cost = many / none - 1 if many and none else None
         shown = ("bf16", OURS, "int8, 64 outliers", "int8, 0 outliers")
         table.add_row(
             f"{k} x {n}",

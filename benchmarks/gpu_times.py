@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_checks import THRESHOLD, Run, forced, linear, load, problem
+from benchmarks.gpu_checks import THRESHOLD, Run, forced, linear, load, problem, wgmma_is_used
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # K, N
 ROWS = (1, 8, 64, 512, 4096)
@@ -114,7 +114,7 @@ def _bf16(run: Run, m: int, n: int, k: int) -> list[Call]:
 def layers(run: Run) -> dict[str, Any]:
     """Ours with 0, 4 and 64 outlier columns, its parts, and bf16; and what share of bandwidth and peak that is."""
     load(run)
-    result: dict[str, Any] = {"copy_bytes_per_us": copy_bandwidth(run), "cases": []}
+    result: dict[str, Any] = {"complete": False, "copy_bytes_per_us": copy_bandwidth(run), "cases": []}
     for k, n in shapes(run):
         for m in rows(run):
             if run.left() < 8:
@@ -154,12 +154,12 @@ def _quantize_time(run: Run, case: dict[str, Any]) -> None:
 def _kernel_times(run: Run, case: dict[str, Any]) -> None:
     """The kernels that could have been chosen, each by force: is the dispatch table right?"""
     m, n, k = case["m"], case["n"], case["k"]
-    names = (
-        ("fused", "skinny") if m <= 8 else ("t64x64",) if m <= 64 else ("t64x64", "t128x128", "wgmma128", "wgmma256")
-    )
+    names = ("fused", "skinny") if m <= 8 else ("t64x64", "t128x128", "wgmma128", "wgmma256")
     if run.dry_run or (k, n) not in (SHAPES[0], SHAPES[1]):
         return
     for name in names:
+        if name.startswith("wgmma") and not wgmma_is_used(run):
+            continue
         with forced(run, name):
             _time(run, case, f"kernel {name}", lambda: _ours(run, m, n, k, 4))
 
@@ -167,7 +167,7 @@ def _kernel_times(run: Run, case: dict[str, Any]) -> None:
 def peers(run: Run) -> dict[str, Any]:
     """torch._int_mm with inductor around it, torchao, bitsandbytes, and Triton's templates by max-autotune."""
     load(run)
-    result: dict[str, Any] = {"cases": []}
+    result: dict[str, Any] = {"complete": False, "cases": []}
     chosen = shapes(run)[:2]
     for m, (k, n) in [(m, shape) for m in rows(run) for shape in chosen]:
         if run.left() < 12:
