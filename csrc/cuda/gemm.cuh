@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "outliers.cuh"
+#include "epilogue.cuh"
 
 namespace int8compile {
 
@@ -29,7 +29,8 @@ struct Gemm {
   static constexpr int row_frags = tile_rows / row_warps / 16, col_frags = tile_cols / col_warps / 8;
   static constexpr int chunks = depth / 16;  // of a row of a stage
   static constexpr int stage_bytes = (tile_rows + tile_cols) * depth;
-  static constexpr int shared_bytes = stages * stage_bytes + OutlierTile::shared_bytes(tile_rows, tile_cols) + 16;
+  static constexpr int ends_at = stages * stage_bytes + OutlierTile::shared_bytes(tile_rows, tile_cols);
+  static constexpr int shared_bytes = ends_at + Ends::shared_bytes(tile_cols) + 16;
   static_assert(col_frags % 2 == 0 && (depth == 64 || depth == 128), "two columns of fragments come from an ldmatrix");
 
   // Where chunk `chunk` of a stage's row lies.
@@ -157,6 +158,7 @@ struct Gemm {
     for (int step = 0; step < stages - 1 && step < steps; ++step) {
       load_weight(step);
     }
+    const Ends ends(block, args.p, col0, tile_cols, shared + ends_at);
     wait_for_previous_kernel();  // whatever comes from the activation is there from here on
     for (int step = 0; step < stages - 1; ++step) {
       if (step < steps) {
@@ -184,13 +186,16 @@ struct Gemm {
       cp_async_commit();
       multiply(shared + step % stages * stage_bytes, row, col, sums);
     }
+    if (steps == 0) {
+      block.sync();  // no stage has brought one
+    }
     if (splits > 1 && !combine(args.split, tile, static_cast<int>(part), ticket, sums)) {
       return;
     }
     if (!prepare) {
       count = outliers.begin(block);
     }
-    finish_tile(block, outliers, count, prepare, row, col, sums);
+    finish_tile(block, outliers, ends, count, prepare, row, col, sums);
   }
 };
 

@@ -54,13 +54,16 @@ __device__ inline void store_float(void* data, Float type, int64_t at, float val
   }
 }
 
+__device__ inline uint32_t two_to_16_bits(float first, float second, Float type) {
+  return static_cast<uint32_t>(to_16_bits(first, type)) | static_cast<uint32_t>(to_16_bits(second, type)) << 16;
+}
+
 // Elements `at` (even) and `at + 1`, both there, of an array aligned to two elements.
 __device__ inline void store_two_floats(void* data, Float type, int64_t at, float first, float second) {
   if (type == Float::f32) {
     static_cast<float2*>(data)[at / 2] = make_float2(first, second);
   } else {
-    static_cast<uint32_t*>(data)[at / 2] =
-        static_cast<uint32_t>(to_16_bits(first, type)) | static_cast<uint32_t>(to_16_bits(second, type)) << 16;
+    static_cast<uint32_t*>(data)[at / 2] = two_to_16_bits(first, second, type);
   }
 }
 

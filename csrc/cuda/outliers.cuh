@@ -1,4 +1,5 @@
 // The outlier product of a tile: which columns it has, their operands in shared memory, and the multiplication.
+// epilogue.cuh has what comes after it.
 //
 // The columns are taken in chunks of 32 bytes of x's type (16 of 16 bits, or 8 of fp32): what the codes leave over of x
 // in them, [rows of the tile, 32 bytes], and their weights, [columns of the tile, 32 bytes], as numbers of x's type,
@@ -259,69 +260,6 @@ __device__ inline TilePlace place_of_tile(unsigned tile, unsigned row_tiles, uns
 template <int size>
 __device__ inline unsigned tiles_of(int64_t count) {
   return static_cast<unsigned>((count + size - 1) / size);
-}
-
-// From exact sums to output: row scale, the outlier product of `count` columns, column scale, bias, one rounding.
-// Called by all threads of the group; `sums` are the fragments of the warp's part of the tile, at (row, col) of it.
-// `staged`: the first chunk lies in shared memory already.
-template <int row_frags, int col_frags>
-__device__ inline void finish_tile(
-    const Group& group, const OutlierTile& tile, int count, bool staged, int row, int col,
-    int32_t (&sums)[row_frags][col_frags][4]) {
-  const int lane = threadIdx.x % 32;
-  const int64_t first_row = tile.row0 + row + lane / 4, first_col = tile.col0 + col + lane % 4 * 2;
-  float c[row_frags][col_frags][4];
-#pragma unroll
-  for (int i = 0; i < row_frags; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = first_row + i * 16 + half * 8;
-      const float scale = at < tile.x.rows ? tile.q.row_scale[at] : 0.0f;
-#pragma unroll
-      for (int j = 0; j < col_frags; ++j) {
-        c[i][j][2 * half] = __fmul_rn(__int2float_rn(sums[i][j][2 * half]), scale);
-        c[i][j][2 * half + 1] = __fmul_rn(__int2float_rn(sums[i][j][2 * half + 1]), scale);
-      }
-    }
-  }
-  for (int t0 = 0; t0 < count; t0 += tile.chunk()) {
-    if (t0 > 0) {
-      group.sync();  // everyone is done with the chunk before
-    }
-    if (t0 > 0 || !staged) {
-      tile.stage(group, t0, count);
-    }
-    tile.multiply(c, row, col);
-  }
-  const Product& p = tile.p;
-  const bool in_pairs = p.cols % 2 == 0;
-#pragma unroll
-  for (int j = 0; j < col_frags; ++j) {
-    const int64_t at = first_col + j * 8;
-    if (at >= p.cols) {
-      continue;
-    }
-    const bool two = at + 1 < p.cols;
-    const Column left(p, at), right(p, two ? at + 1 : at);
-#pragma unroll
-    for (int i = 0; i < row_frags; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t out_row = first_row + i * 16 + half * 8;
-        if (out_row < tile.x.rows) {
-          const float one = left.finish(c[i][j][2 * half]), other = right.finish(c[i][j][2 * half + 1]);
-          if (in_pairs) {
-            store_two_floats(p.out, p.out_type, out_row * p.cols + at, one, other);
-          } else {
-            store_float(p.out, p.out_type, out_row * p.cols + at, one);
-            if (two) {
-              store_float(p.out, p.out_type, out_row * p.cols + at + 1, other);
-            }
-          }
-        }
-      }
-    }
-  }
 }
 
 }  // namespace int8compile

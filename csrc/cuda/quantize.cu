@@ -26,7 +26,7 @@ __global__ void zero(uint32_t* words, int64_t bytes) {
 // Shared memory: a word for each warp. `packs`: how many 16-byte packs of the row are read as such; the rest, and all
 // of a row that is not aligned, is read an element at a time.
 template <class X>
-__global__ void quantize_rows(
+__global__ void __launch_bounds__(1024) quantize_rows(
     const X* x, int64_t k, int64_t packs, float threshold, int8_t* codes, float* row_scale, uint8_t* flags) {
   start_next_kernel();
   int* warp_most = reinterpret_cast<int*>(dynamic_shared());

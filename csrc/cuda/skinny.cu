@@ -20,6 +20,8 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kRows = 16;  // of the weight at a time
 constexpr int kTokens = kSkinnyRows;
+constexpr int kLanes = kThreads / kRows;  // that a row of the weight has in the epilogue
+static_assert(kLanes == 2 * kTokens);
 constexpr int kSegment = 64;
 constexpr int kDepth = 5;  // segments of a warp under way, and the one in use
 
@@ -53,8 +55,8 @@ struct Skinny {
 
   __device__ explicit Skinny(const SkinnyArguments& args)
       : args(args), shared(dynamic_shared()), layout(fused, args.x.rows, args.x.k),
-        begin(first_row(blockIdx.x)), end(first_row(blockIdx.x + 1)), k(args.x.k), rows(static_cast<int>(args.x.rows)), thread(threadIdx.x), warp(thread / 32), group(thread % 32 / 4),
-        quad(thread % 4) {}
+        begin(first_row(blockIdx.x)), end(first_row(blockIdx.x + 1)), k(args.x.k), rows(static_cast<int>(args.x.rows)),
+        thread(threadIdx.x), warp(thread / 32), group(thread % 32 / 4), quad(thread % 4) {}
 
   // Where a block's rows begin, such that all have the same number, or one more. (A division of 64 bits is a call.)
   __device__ int64_t first_row(unsigned block) const {
@@ -132,10 +134,10 @@ struct Skinny {
     const Group block{thread, kThreads, 0};
     const int count = list_columns(block, flags(), k, first, kListed, at<int32_t>(layout.columns), at<int>(layout.scratch));
     for (int i = thread; i < kListed * kTokens; i += kThreads) {
-      const int row = i % kTokens;
+      const int row = i / kListed;
       float value = 0.0f;
-      if (row < rows && first + i / kTokens < count) {
-        const int64_t from = row * k + at<int32_t>(layout.columns)[i / kTokens];
+      if (row < rows && first + i % kListed < count) {
+        const int64_t from = row * k + at<int32_t>(layout.columns)[i % kListed];
         value = round_to(
             residual_of(
                 load_float(args.x.data, args.x.type, from), scale(row), codes()[from], args.thresholds.residual_from),
@@ -196,15 +198,33 @@ struct Skinny {
     mma_s8(sums, second, b.z, b.w);
   }
 
-  // The outlier product of weight row `row` and activation row `token` in the listed columns, from the words fetched.
+  // The outlier product of a weight row and activation row `token` in the listed columns, from the words fetched of the
+  // weight row. The 16 lanes of the weight row share the columns; `count` is at least 1.
   __device__ float outlier_product(const uint32_t* words, int token, int count) const {
-    float sum = 0.0f;
-    for (int t = 0; t < count && t < kListed; ++t) {
-      const int shift = at<int32_t>(layout.columns)[t] % 4 * 8;
-      const auto code = static_cast<int8_t>(words[t] >> shift);
-      sum = __fmaf_rn(at<float>(layout.residual)[t * kTokens + token], static_cast<float>(code), sum);
+    const int lane = thread % kLanes;
+    float weight[kListed / kLanes];
+#pragma unroll
+    for (int i = 0; i < kListed / kLanes; ++i) {
+      const int t = lane + i * kLanes;
+      const int shift = t < count ? at<int32_t>(layout.columns)[t] % 4 * 8 : 0;
+      weight[i] = t < count ? static_cast<float>(static_cast<int8_t>(words[t] >> shift)) : 0.0f;
     }
-    return sum;
+    float product = 0.0f;
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+      const float* residual = at<float>(layout.residual) + row * kListed + lane;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kListed / kLanes; ++i) {
+        sum = __fmaf_rn(residual[i * kLanes], weight[i], sum);
+      }
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, distance));
+      }
+      product = row == token ? sum : product;
+    }
+    return product;
   }
 
   // The same in the columns beyond the first kListed, for which the lists have to be made anew, and then for the first
@@ -217,7 +237,7 @@ struct Skinny {
       __syncthreads();
       for (int t = 0; !again && t < kListed && first + t < count && row < end; ++t) {
         const int8_t code = args.p.weight[row * args.p.weight_stride + at<int32_t>(layout.columns)[t]];
-        sum = __fmaf_rn(at<float>(layout.residual)[t * kTokens + token], static_cast<float>(code), sum);
+        sum = __fmaf_rn(at<float>(layout.residual)[token * kListed + t], static_cast<float>(code), sum);
       }
     }
     return sum;
@@ -232,25 +252,25 @@ struct Skinny {
     mine[(group + 8) * kTokens + quad * 2] = sums[2];
     mine[(group + 8) * kTokens + quad * 2 + 1] = sums[3];
     __syncthreads();  // sums and fetched words are there; two tiles on, their place is free again
-    const int tile_row = thread / kTokens % kRows, token = thread % kTokens;
+    // Each row of the weight has 16 lanes, two a token.
+    const int tile_row = thread / kLanes, token = thread % kTokens, half = thread % kLanes / kTokens;
     const int64_t col = row + tile_row;
-    const bool writes = thread < kRows * kTokens && col < end && token < rows;
     const float more = count > kListed ? more_outliers(col, token, count) : 0.0f;
-    if (!writes) {
-      return;
-    }
     int32_t total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      total += all[w * kRows * kTokens + thread];
+    for (int w = 0; w < kWarps; w += 2) {
+      total += all[((w + half) * kRows + tile_row) * kTokens + token];
     }
-    float value = __fmul_rn(__int2float_rn(total), scale(token));
+    total += __shfl_xor_sync(0xffffffff, total, kTokens);
+    float value = __fmul_rn(__int2float_rn(total), token < rows ? scale(token) : 0.0f);
     if (count > 0) {
       const auto* words = at<uint32_t>(layout.words) + (parity * kRows + tile_row) * kListed;
       value = __fadd_rn(value, __fadd_rn(outlier_product(words, token, count), more));
     }
-    const Column column(args.p, col);
-    store_float(args.p.out, args.p.out_type, int64_t(token) * args.p.cols + col, column.finish(value));
+    if (half == 0 && col < end && token < rows) {
+      const Column column(args.p, col);
+      store_float(args.p.out, args.p.out_type, int64_t(token) * args.p.cols + col, column.finish(value));
+    }
   }
 
   __device__ __forceinline__ void run() const {

@@ -5,8 +5,8 @@
 // multiplied it). The copy engine puts zeros beyond M, N and K. The epilogue is that of the mma.sync kernel, whose
 // fragments have the same layout.
 
+#include "epilogue.cuh"
 #include "launch.cuh"
-#include "outliers.cuh"
 
 #include "hopper.cuh"
 
@@ -25,7 +25,8 @@ constexpr int stage_bytes(int cols) {
 
 // 1024 bytes more, to begin at a multiple of it as the swizzle needs.
 constexpr int shared_bytes_of(int cols) {
-  return 1024 + stages_of(cols) * (stage_bytes(cols) + 16) + OutlierTile::shared_bytes(kRows, cols);
+  return 1024 + stages_of(cols) * (stage_bytes(cols) + 16) + OutlierTile::shared_bytes(kRows, cols) +
+         Ends::shared_bytes(cols);
 }
 
 struct WgmmaArguments {
@@ -76,6 +77,9 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_gemm(const __grid_constant_
   }
 
   take_registers<232>();
+  const Group consumers{thread - 128, 256, 1};
+  char* const epilogue = shared + stages * (stage_bytes(cols) + 16);
+  const Ends ends(consumers, args.p, col0, cols, epilogue + OutlierTile::shared_bytes(kRows, cols));
   const int warpgroup = thread / 128 - 1;
   int32_t sums[1][cols / 8][4];
 #pragma unroll
@@ -104,12 +108,12 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_gemm(const __grid_constant_
     asm volatile("" : "+r"(sums[0][j][0]), "+r"(sums[0][j][1]), "+r"(sums[0][j][2]), "+r"(sums[0][j][3])::"memory");
   }
 
-  const Group consumers{thread - 128, 256, 1};
   const OutlierTile outliers(
-      args.x, args.q, args.p, args.gathered, args.residual_from, row0, col0, kRows, cols,
-      shared + stages * (stage_bytes(cols) + 16));
+      args.x, args.q, args.p, args.gathered, args.residual_from, row0, col0, kRows, cols, epilogue);
   const int count = outliers.begin(consumers);
-  finish_tile(consumers, outliers, count, false, warpgroup * 64 + thread % 128 / 32 * 16, 0, sums);
+  consumers.sync();  // scales and biases are there
+  finish_tile(
+      consumers, outliers, ends, count, false, warpgroup * 64 + thread % 128 / 32 * 16, 0, sums);
 #endif
 }
 
