@@ -33,7 +33,7 @@ INJECTED = [
 ]
 # The most registers a kernel may use, by the blocks that have to fit on a multiprocessor: two of skinny's 256 threads,
 # one of the 256 of gemm's largest tile (its small ones use half), one of wgmma's 384.
-REGISTERS = {"quantize_rows": 64, "zero": 40, "gather": 48, "skinny": 96, "gemm": 240, "wgmma_gemm": 168}
+REGISTERS = {"quantize_rows": 64, "zero": 40, "gather": 48, "skinny": 96, "gemm": 248, "wgmma_gemm": 168}
 
 
 @functools.cache
