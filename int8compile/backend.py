@@ -16,6 +16,7 @@ from int8compile import inductor, native, session
 from int8compile.capture import Capture, capture
 from int8compile.config import Int8Config, disabled
 from int8compile.graph_text import dump
+from int8compile.lifetime import watch_optimizers
 from int8compile.native import Provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.sites import complete_sites, weight_uses
@@ -115,6 +116,7 @@ def _runner(
         members = [(captured.position[node], transposed) for node, transposed in lifted.members]
         may_release = not any(position in kept for position, _ in members)
         slots.append(Slot(tuple(members), release if may_release else None))
+    watch_optimizers()
     fetch = Slots(STORE, slots).fetch
 
     def call(*args: Any) -> Any:

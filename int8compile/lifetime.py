@@ -1,23 +1,37 @@
-"""What a user tells the weight store: a weight changed unseen, or a freed one is wanted back."""
+"""What the weight store is told: a weight changed unseen, by a user or an optimiser, or a freed one is wanted back."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from int8compile.weights import STORE
 
 
 def invalidate(weights: torch.nn.Module | torch.Tensor) -> None:
-    """Requantise at the next call. Needed only after changes that PyTorch does not count, ``w.data.copy_(...)``.
+    """Requantise at the next call. Needed only after changes that PyTorch does not count, as ``w.data.copy_(...)``:
+    on a GPU; on a CPU only if they leave most of the weight as it was.
 
     Args:
         weights: a module, for all its parameters and buffers, or one tensor.
     """
-    for tensor in _tensors(weights):
-        STORE.invalidate(tensor)
+    STORE.invalidate(_tensors(weights))
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """From here on, requantise what an optimiser has stepped: fused ones change weights without PyTorch counting it."""
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    STORE.invalidate(weight for weight in weights if weight.grad is not None)
 
 
 def restore_weights_(weights: torch.nn.Module | torch.Tensor) -> int:

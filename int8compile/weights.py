@@ -3,7 +3,10 @@
 A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
 or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks this store at each call.
 The answer is at hand as long as the weight is the same object with the same version counter, data pointer and
-(living) storage; anything else requantises. Entries die with their weights.
+(living) storage; anything else requantises. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies
+have it, ``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode.
+They touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
+Entries die with their weights.
 
 Weights that one product multiplies together (``passes/merge.py``) are *one* int8 matrix here. The int8 form of each
 of them alone is a view into it.
@@ -11,10 +14,11 @@ of them alone is a view into it.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -66,11 +70,12 @@ _Key = tuple[tuple[int, bool], ...]
 class _Stamp:
     """What a weight looked like when it was quantised."""
 
-    __slots__ = ("pointer", "ref", "released", "storage", "version")
+    __slots__ = ("pointer", "ref", "released", "sample", "storage", "version")
 
     def __init__(self, weight: torch.Tensor, on_death: Callable[[], None]) -> None:
         self.ref = weakref.ref(weight, lambda _: on_death())
-        # Inference tensors have no version counter; they cannot be changed in place outside inference mode.
+        self.sample = _sample(weight)
+        # Inference tensors have no version counter.
         self.version = None if weight.is_inference() else weight._version
         self.pointer = weight.data_ptr()
         # Memory freed and allocated anew can have the same address; the storage it was is then expired.
@@ -86,7 +91,23 @@ class _Stamp:
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
             and not _expired(self.storage.cdata)
+            and _sample(weight) == self.sample
         )
+
+
+_SAMPLES, _SAMPLE_BYTES = 2, 64
+
+
+def _sample(weight: torch.Tensor) -> bytes:
+    """Two cache lines of a weight's memory. Empty where there is no telling: on GPUs, which would have to be waited
+    for, and where a weight's memory is not in one piece.
+    """
+    size = weight.numel() * weight.element_size()
+    in_one_piece = weight.is_contiguous() or (weight.dim() == 2 and weight.t().is_contiguous())
+    if weight.device.type != "cpu" or size == 0 or not in_one_piece:
+        return b""
+    starts = [size * (2 * i + 1) // (2 * _SAMPLES) for i in range(_SAMPLES)]
+    return b"".join(ctypes.string_at(weight.data_ptr() + s, min(_SAMPLE_BYTES, size - s)) for s in starts)
 
 
 @dataclasses.dataclass
@@ -132,11 +153,12 @@ class WeightStore:
                 self._release(entry, members, release)
             return entry
 
-    def invalidate(self, weight: torch.Tensor) -> None:
-        """Forget the int8 form of a weight that changed unseen (``weight.data.copy_()`` bumps no version)."""
+    def invalidate(self, weights: Iterable[torch.Tensor]) -> None:
+        """Forget the int8 form of weights that changed unseen (a fused optimiser bumps no version)."""
+        changed = {id(weight) for weight in weights}  # an entry's own weights live, or it would be gone
         with self._lock:
             for key, entry in list(self._entries.items()):
-                if any(stamp.ref() is weight and not stamp.released for stamp in entry.stamps):
+                if any(id_ in changed and not s.released for (id_, _), s in zip(key, entry.stamps, strict=True)):
                     self._entries.pop(key, None)
 
     def clear(self) -> None:

@@ -102,15 +102,63 @@ class TestCompiledCodeSeesTheWeights:
             model.fc.weight.data = flat[i]
             assert torch.equal(compiled(X), expected(model))
 
-    def test_data_copy_after_invalidate(self):
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+    def test_fused_optimizer_step(self, optimizer):
+        """PyTorch counts no version, and one row is where no sample is taken: the step itself has to tell."""
+        model = Net()
+        compiled = compile_eager(model)
+        compiled(X)
+        model.fc.weight.grad = torch.zeros_like(model.fc.weight)
+        model.fc.weight.grad[0] = 1
+        optimizer([model.fc.weight], lr=0.5, fused=True).step()
+        assert torch.equal(compiled(X), expected(model))
+
+    def test_an_optimizer_step_leaves_frozen_weights_be(self):
+        model = Net()
+        compiled = compile_eager(model)
+        compiled(X)
+        int8_form = STORE.resolve([Member(model.fc.weight, False)])
+        model.fc.bias.grad = torch.ones_like(model.fc.bias)
+        torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step()
+        assert STORE.resolve([Member(model.fc.weight, False)]) is int8_form
+        assert torch.equal(compiled(X), expected(model))
+
+    def test_compiled_optimizer_step(self):
+        model = Net()
+        compiled = compile_eager(model)
+        compiled(X)
+        step = torch.compile(torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step, backend="aot_eager")
+        for scale in (1, 2):
+            model.fc.weight.grad = torch.zeros_like(model.fc.weight)
+            model.fc.weight.grad[0] = scale
+            step()
+            assert torch.equal(compiled(X), expected(model))
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda weight: weight.data.copy_(torch.randn(8, 16)),
+            lambda weight: setattr(weight, "data", weight.data.add_(1)),
+            lambda weight: weight.detach().numpy().fill(3),
+        ],
+        ids=["data.copy_, as EMA copies", "data +=, as merged adapters", "NumPy"],
+    )
+    def test_writes_that_pytorch_does_not_count(self, write):
+        model = Net()
+        compiled = compile_eager(model)
+        compiled(X)
+        write(model.fc.weight)
+        assert torch.equal(compiled(X), expected(model))
+
+    def test_partial_writes_that_pytorch_does_not_count_need_invalidate(self):
         model = Net()
         compiled = compile_eager(model)
         before = compiled(X)
-        model.fc.weight.data.copy_(torch.randn(8, 16))
+        model.fc.weight.data[0] = 3
         assert torch.equal(compiled(X), before), "PyTorch counts no version here; if it does now, drop invalidate()"
         int8compile.invalidate(model)
         assert torch.equal(compiled(X), expected(model))
-        model.fc.weight.data.copy_(torch.randn(8, 16))
+        model.fc.weight.data[0] = 4
         int8compile.invalidate(model.fc.weight)
         assert torch.equal(compiled(X), expected(model))
         with pytest.raises(TypeError, match=r"weights is str; expected a torch\.nn\.Module or a tensor"):
@@ -121,6 +169,8 @@ class TestCompiledCodeSeesTheWeights:
             model = Net()
             compiled = compile_eager(model)
             assert torch.equal(compiled(X), expected(model))
+            model.load_state_dict(Net(7).state_dict())
+            assert torch.equal(compiled(X), expected(Net(7)))
         model = Net()
         with torch.inference_mode():
             compiled = compile_eager(model)
@@ -280,6 +330,8 @@ class TestStamps:
     def test_unchanged(self, stamps):
         ws = [torch.randn(4, 4), nn.Parameter(torch.randn(3, 3)), torch.randn(8, 4)[2:4], torch.empty(0)]
         taken = stamps(ws)
+        ws += [torch.randn(3, 5, dtype=torch.bfloat16).t(), torch.randn(8, 64)[:, ::2], torch.zeros(1)]
+        taken = stamps(ws)
         assert taken.match(list(ws))
         assert stamps([]).match([])
 
@@ -292,11 +344,22 @@ class TestStamps:
             lambda ws: setattr(ws[1], "data", ws[1].data.view(-1)[4:8]),
             lambda ws: ws.reverse(),
             lambda ws: ws[1].share_memory_(),
+            lambda ws: ws[1].data.add_(1),
+            lambda ws: ws[2].data.add_(1),
         ],
-        ids=["in place", "replaced", "data assigned", "another view", "swapped", "memory shared"],
+        ids=[
+            "in place",
+            "replaced",
+            "data assigned",
+            "another view",
+            "swapped",
+            "memory shared",
+            "uncounted",
+            "[K, N]",
+        ],
     )
     def test_changes_are_seen(self, stamps, change):
-        ws = [torch.randn(4, 4), torch.randn(4, 4)]
+        ws = [torch.randn(4, 4), torch.randn(4, 4), torch.randn(33, 7).t()]
         taken = stamps(ws)
         change(ws)
         assert not taken.match(ws)

@@ -1,6 +1,7 @@
 // Whether tensors are what they were: the check a compiled graph makes of all its float weights at each call.
 //
-// The meaning is that of _Stamp in int8compile/weights.py, where it is explained: same tensor, same version, same memory.
+// The meaning is that of _Stamp in int8compile/weights.py, where it is explained: same tensor, same version, same memory,
+// and the same bytes at a few places of it.
 // It is here because a model has hundreds of weights and a decoded token few microseconds for them.
 
 #include <ATen/core/List.h>
@@ -9,9 +10,35 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
+
+constexpr int kSamples = 2;
+constexpr int64_t kSampleBytes = 64;  // a cache line: reading one byte of it costs as much as reading all
+
+// Calls visit(i, pointer, size) for some pieces of the tensor's memory until it returns false, and returns whether it
+// never did. No pieces where there is no telling: on GPUs, and where memory is not in one piece, or was released.
+template <typename Visit>
+bool for_each_sample(const at::Tensor& t, const char* storage, Visit visit) {
+  if (storage == nullptr || !t.device().is_cpu() || !t.is_non_overlapping_and_dense()) {
+    return true;
+  }
+  const char* begin = storage + t.storage_offset() * t.element_size();
+  const int64_t size = t.numel() * t.element_size();
+  for (int i = 0; i < kSamples; ++i) {
+    int64_t start = size * (2 * i + 1) / (2 * kSamples);
+    start = std::max<int64_t>(0, start - int64_t(reinterpret_cast<uintptr_t>(begin + start) % kSampleBytes));
+    if (!visit(i, begin + start, std::min(kSampleBytes, size - start))) {
+      return false;
+    }
+  }
+  return true;
+}
 
 struct Stamp {
   // Weak, so that nothing is kept alive; and held, so that no other object can come to have the same address.
@@ -20,18 +47,30 @@ struct Stamp {
   const void* data;
   int64_t offset;
   int64_t version;  // -1: an inference tensor, which has none
+  std::array<std::array<char, kSampleBytes>, kSamples> samples{};
 
   explicit Stamp(const at::Tensor& t)
       : tensor(t.getIntrusivePtr()),
         storage(t.storage().getWeakStorageImpl()),
         data(memory(t)),
         offset(t.storage_offset()),
-        version(version_of(t)) {}
+        version(version_of(t)) {
+    for_each_sample(t, static_cast<const char*>(data), [&](int i, const char* piece, int64_t size) {
+      std::memcpy(samples[i].data(), piece, size);
+      return true;
+    });
+  }
 
   bool matches(const at::Tensor& t) const {
     return tensor._unsafe_get_target() == t.unsafeGetTensorImpl() &&
         storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && data == memory(t) &&
-        offset == t.storage_offset() && version == version_of(t);
+        offset == t.storage_offset() && version == version_of(t) && same_samples(t);
+  }
+
+  bool same_samples(const at::Tensor& t) const {
+    return for_each_sample(t, static_cast<const char*>(data), [&](int i, const char* piece, int64_t size) {
+      return std::memcmp(samples[i].data(), piece, size) == 0;
+    });
   }
 
   // Read past the checks: that of a released weight (release_storage.cpp) would raise.
