@@ -90,6 +90,8 @@ class Int8Config:
                 raise OptionValueError("disable_passes", name, "names among " + ", ".join(PASS_NAMES))
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
+        if self.release_weights and self.llm_int8_has_fp16_weight:
+            raise OptionValueError("release_weights", True, "False, as llm_int8_has_fp16_weight=True keeps the weights")
         if not isinstance(self.inductor, Mapping):
             raise OptionValueError("inductor", self.inductor, "a dict of inductor's own options")
 

@@ -22,7 +22,8 @@ class OptionNameError(Int8CompileError, TypeError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown option {name!r}.{hint} Known options: {', '.join(known)}.")
+        way_out = " Inductor's own go into options={'inductor': {...}}." if "inductor" in known else ""
+        super().__init__(f"unknown option {name!r}.{hint} Known options: {', '.join(known)}.{way_out}")
 
 
 class OptionValueError(Int8CompileError, ValueError):

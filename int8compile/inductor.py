@@ -6,6 +6,7 @@ Whatever breaks with a new torch release breaks here.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import sys
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext
-from torch._inductor import cpp_builder, list_mode_options
+from torch._inductor import cpp_builder, list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
 
 from int8compile.config import Int8Config
 from int8compile.cpu_targets import CpuTarget
+from int8compile.errors import OptionValueError
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.native import Provider
 from int8compile.ops._library import REFERENCES
@@ -60,11 +62,21 @@ def compile_graph(
     itself (our sources and options), is not in the keys of inductor's caches, so a tag puts it there.
     """
     decompositions = None if provider.native else {**select_decomp_table(), **REFERENCES}
-    patches = {**list_mode_options(config.mode or "default"), **config.inductor}
+    patches = _patches(config)
     with torch.compiler.config.patch(cache_key_tag=_cache_tag(config, provider.native)):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=decompositions)
     function: Callable[..., Any] = compiled
     return function
+
+
+def _patches(config: Int8Config) -> dict[str, Any]:
+    """Inductor's options that the user's mode and options stand for."""
+    for name in config.inductor:
+        if name not in list_options():
+            near = difflib.get_close_matches(str(name), list_options(), n=1)
+            hint = f", such as {near[0]!r}" if near else " (torch._inductor.list_options() has them)"
+            raise OptionValueError("inductor", dict(config.inductor), f"names of inductor's own options{hint}")
+    return {**list_mode_options(config.mode or "default"), **config.inductor}
 
 
 def compile_package(
@@ -85,7 +97,7 @@ def compile_package(
     """
     if not native:
         program = program.run_decompositions(dict(REFERENCES))
-    patches = {**list_mode_options(config.mode or "default"), **config.inductor}
+    patches = _patches(config)
     patches["aot_inductor.metadata"] = {**patches.get("aot_inductor.metadata", {}), **metadata}
     if _writes(program):
         # Else a buffer of zeros is taken for a constant, though the program writes to it: every call would begin anew

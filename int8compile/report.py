@@ -28,9 +28,13 @@ class Reason(enum.Enum):
     SUBCLASS = "its weight is a tensor subclass"
     CUSTOM = "a module with a forward of its own, which may do more than a linear"
     NOT_CONSTANT = "its weight is not a parameter or buffer but is computed, or passed in, at each call"
+    FROZEN = (
+        "a constant of inductor's freezing, which lets no weight change; "
+        "turn it off (torch._inductor.config.freezing, TORCHINDUCTOR_FREEZING)"
+    )
     MUTATED = "its weight is changed inside the graph"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
-    NESTED = "inside a higher-order operator (such as activation checkpointing)"
+    NESTED = "inside a higher-order operator (such as activation checkpointing) or a transform of torch.func"
     FUSED = "read by one of PyTorch's fused attention calls, which was not taken apart"
     DISABLED = "the pass that rewrites it is in disable_passes"
 

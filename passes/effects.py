@@ -17,9 +17,12 @@ _SET_GRAD = torch._C._set_grad_enabled
 
 
 def storage_of(node: fx.Node) -> int | None:
-    """Identity of the storage behind a node's fake tensor; equal for views of one tensor."""
+    """Identity of the storage behind a node's fake tensor; equal for views of one tensor. None if that is not known."""
     value = meta_tensor(node)
-    return None if value is None else int(value.untyped_storage()._cdata)
+    try:
+        return None if value is None else int(value.untyped_storage()._cdata)
+    except NotImplementedError:  # a tensor that torch.func's transforms wrap
+        return None
 
 
 def mutated_nodes(node: fx.Node) -> list[fx.Node]:
@@ -99,6 +102,22 @@ def regions(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, tuple[int, boo
             region += 1
         result[node] = (region, grad_enabled)
     return result
+
+
+def transformed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes inside a transform of ``torch.func`` (vmap, grad, jvp ...), whose tensors stand for something else.
+
+    Dynamo writes the transform itself into the graph: calls that begin and end it, and the operations in between.
+    """
+    inside: set[fx.Node] = set()
+    depth = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        depth -= name.endswith("_decrement_nesting") or name == "_exit_dual_level"
+        if depth > 0:
+            inside.add(node)
+        depth += name.endswith("_increment_nesting") or name == "_enter_dual_level"
+    return inside
 
 
 def _is_known_pure(node: fx.Node) -> bool:

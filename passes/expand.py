@@ -22,13 +22,15 @@ from torch.utils import _pytree as pytree
 
 from int8compile.graph_text import meta_value
 from int8compile.passes.context import PassContext
+from int8compile.passes.effects import transformed
 
 
 def expand(graph: fx.Graph, context: PassContext) -> int:
     changes = 0
+    left = transformed(graph)
     for target, body in FUSED.items():
         for node in graph.find_nodes(op="call_function", target=target):
-            traced = _trace(node, body, context)
+            traced = None if node in left else _trace(node, body, context)
             if traced is not None:
                 _inline(node, *traced, context)
                 changes += 1

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import changes_between, regions
+from int8compile.passes.effects import changes_between, regions, transformed
 
 aten = torch.ops.aten
 
@@ -36,10 +36,10 @@ class _Copies(NamedTuple):
 
 
 def group(graph: fx.Graph, context: PassContext) -> int:
-    where = regions(graph, context.grad_enabled)
+    where, left = regions(graph, context.grad_enabled), transformed(graph)
     changes = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _ATTENTION or where[node][1]:
+        if node.op != "call_function" or node.target not in _ATTENTION or where[node][1] or node in left:
             continue
         value = meta_tensor(node)
         if value is None or value.device.type != "cpu" or len(node.args) < _INPUTS or node.kwargs.get("enable_gqa"):

@@ -24,6 +24,7 @@ from int8compile.capture import is_constant
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.passes.context import PassContext
+from int8compile.passes.effects import transformed
 
 aten = torch.ops.aten
 
@@ -52,6 +53,7 @@ class Linear(NamedTuple):
 
 def normalize(graph: fx.Graph, context: PassContext) -> int:
     changes = 0
+    left = transformed(graph)  # our operators have no rules for these transforms
     for node in list(graph.nodes):
         if node.target is LINEAR and node.op == "call_function" and not node.kwargs and len(node.args) == 3:
             continue
@@ -61,7 +63,7 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
             context.replace(node, context.call(node, int8_linear, _positional(node), like=node, value=meta_value(node)))
             changes += 1
             continue
-        linear = match_linear(node)
+        linear = None if node in left else match_linear(node)
         if linear is None:
             continue
         weight = linear.weight

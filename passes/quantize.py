@@ -22,7 +22,7 @@ from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import regions, storage_of, written_storages
+from int8compile.passes.effects import regions, storage_of, transformed, written_storages
 from int8compile.passes.normalize import LINEAR, resolve_transposes
 from int8compile.passes.slices import rows_of_constant
 from int8compile.report import Reason, Site
@@ -37,7 +37,10 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
         for node in graph.find_nodes(op="call_function", target=target):
             context.sites[node] = prequantized_site(node)
     changes = 0
+    left = transformed(graph)
     for node in graph.find_nodes(op="call_function", target=LINEAR):
+        if node in left:
+            continue
         site = context.sites[node] = facts.decide(node)
         if not site.rewritten:
             continue
@@ -106,7 +109,7 @@ class _Facts:
 
     def _reason(self, node: fx.Node, x: fx.Node, root: fx.Node, path: str, k: int, n: int) -> tuple[Reason, str]:
         if not is_constant(root):
-            return Reason.NOT_CONSTANT, ""
+            return (Reason.FROZEN if root.op == "get_attr" else Reason.NOT_CONSTANT), ""
         weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
         example = self.context.capture.examples.get(root)
         if isinstance(example, torch.Tensor) and type(example) not in rules.PLAIN_TENSORS and not _is_fake(example):

@@ -12,6 +12,7 @@ from int8compile.graph_text import meta_tensor
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
 from int8compile.passes.context import PassContext
+from int8compile.passes.effects import transformed
 from int8compile.passes.expand import FUSED
 from int8compile.passes.normalize import match_linear
 from int8compile.passes.quantize import prequantized_site
@@ -23,6 +24,7 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
     sites = []
     # A product that merge made stands for several sites, which are at the parts of its result.
     lifted = {pair.weight for pair in context.capture.lifted.values()}
+    inside = transformed(graph)
     for node in graph.nodes:
         if node in context.sites:
             sites.append(context.sites[node])
@@ -31,7 +33,8 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
         ):
             sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
-            sites.append(_site(node))
+            site = _site(node)
+            sites.append(dataclasses.replace(site, reason=Reason.NESTED) if node in inside else site)
         elif node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted:
             sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:

@@ -269,6 +269,43 @@ def test_linear_inside_activation_checkpointing_is_reported_and_right():
     assert [s.reason for s in int8compile.last_report().sites] == [Reason.NESTED]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model, x: torch.vmap(model)(x),
+        lambda model, x: torch.vmap(model, in_dims=1)(x),
+        lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
+        lambda model, x: torch.func.jacrev(model)(x[0]),
+        lambda model, x: torch.func.jvp(model, (x,), (x,))[1],
+    ],
+    ids=["vmap", "vmap over columns", "grad", "jacrev", "jvp"],
+)
+def test_linears_inside_transforms_of_torch_func_are_reported_and_right(function):
+    class Transformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = Mlp().requires_grad_(False), nn.Linear(16, 16).requires_grad_(False)
+
+        def forward(self, x):
+            return function(self.inner, x), self.outer(x)
+
+    model, x = Transformed(), activation(16, 16)
+    inner, outer = compile_eager(model)(x)
+    torch.testing.assert_close(inner, model(x)[0])
+    assert torch.equal(outer, int8_linear(x, model.outer.weight, model.outer.bias))
+    sites = {site.path: site.reason for site in int8compile.last_report().sites}
+    assert sites.pop("outer") is Reason.REWRITTEN
+    assert len(sites) == 3
+    assert set(sites.values()) == {Reason.NESTED}
+
+
+def test_inductors_freezing_is_named():
+    model, x = Mlp(), activation(5, 16)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.testing.assert_close(compile_eager(model)(x), model(x))
+    assert {site.reason for site in int8compile.last_report().sites} == {Reason.FROZEN}
+
+
 def test_operator_counts_of_a_rewritten_graph():
     compiled = compile_eager(Mlp())
     with torch.no_grad():

@@ -30,6 +30,8 @@ def test_unknown_option_suggests_the_nearest():
         Int8Config.make({"threshold": 6.0})
     with pytest.raises(OptionNameError, match=r"unknown option 'zzz'\. Known options: disable_passes, "):
         Int8Config.make({"zzz": 1})
+    with pytest.raises(OptionNameError, match=r"Inductor's own go into options=\{'inductor': \{\.\.\.\}\}"):
+        Int8Config.make({"max_autotune": True})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,10 @@ def test_unknown_option_suggests_the_nearest():
         ({"disable_passes": ["merg"]}, "disable_passes='merg': expected names among expand, group, normalize"),
         ({"mode": "fast"}, "expected one of 'default'"),
         ({"inductor": ["max_autotune"]}, "expected a dict of inductor's own options"),
+        (
+            {"release_weights": True, "llm_int8_has_fp16_weight": True},
+            "release_weights=True: expected False, as llm_int8_has_fp16_weight=True",
+        ),
         (["llm_int8_threshold"], "expected a dict, an Int8Config or a BitsAndBytesConfig"),
     ],
 )
@@ -74,6 +80,14 @@ def test_a_bitsandbytes_config_is_accepted():
     assert config == Int8Config(llm_int8_threshold=5.0, llm_int8_skip_modules=("q_proj",))
     with pytest.raises(OptionValueError, match="expected an 8-bit BitsAndBytesConfig"):
         Int8Config.make(transformers.BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_unknown_options_of_inductor_suggest_the_nearest():
+    compiled = torch.compile(nn.Linear(4, 4), backend="int8", options={"inductor": {"max_autotun": True}})
+    with pytest.raises(
+        Exception, match=r"OptionValueError: option inductor=.*inductor's own options, such as 'max_autot"
+    ):
+        compiled(torch.ones(2, 4))
 
 
 def test_errors_reach_the_user_through_dynamo_with_their_first_line():
