@@ -102,6 +102,7 @@ class Capture:
         before = self.lift_before
         with self.graph.inserting_after(inputs[-1]) if before is None else self.graph.inserting_before(before):
             node = self.graph.placeholder(name)
+        node.target = node.name  # the name is made unique: a weight can be lifted plain, transposed and as part of one
         node._dynamo_source = None  # type: ignore[attr-defined]
         node.meta["val" if "val" in inputs[0].meta else "example_value"] = value
         # As Dynamo marks parameters: a static address, which CUDA graphs need not copy.

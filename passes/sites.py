@@ -73,16 +73,16 @@ def _attribute(gm: fx.GraphModule, target: str) -> object:
 
 def weight_uses(captured: Capture) -> list[WeightUse]:
     """Bytes of every parameter and buffer the graph reads or read."""
-    int8_bytes: dict[fx.Node, int] = {}
+    forms: dict[fx.Node, dict[bool, int]] = {}
     for lifted in captured.lifted.values():
         for node, transposed in lifted.members:
             value = meta_tensor(node)
             assert value is not None
-            int8_bytes[node] = value.numel() + 4 * value.shape[1 if transposed else 0]
+            forms.setdefault(node, {})[transposed] = value.numel() + 4 * value.shape[1 if transposed else 0]
     kept = set(captured.kept)
     uses = []
     for node, example in captured.examples.items():
         if is_constant(node) and isinstance(example, torch.Tensor):
             size = example.numel() * example.element_size()
-            uses.append(WeightUse(id(example), size, int8_bytes.get(node, 0), node in kept))
+            uses.append(WeightUse(id(example), size, sum(forms.get(node, {}).values()), node in kept))
     return uses

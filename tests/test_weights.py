@@ -193,6 +193,37 @@ class TestCompiledCodeSeesTheWeights:
         assert torch.equal(compiled(X), want)
         assert STORE.nbytes() == 16 * 16 + 4 * 16
 
+    def test_a_weight_multiplied_plain_and_transposed(self):
+        """An autoencoder with tied weights: two int8 forms, because a scale is one an output channel."""
+
+        class Autoencoder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(8, 16))
+
+            def forward(self, x):
+                return F.linear(x, self.weight) @ self.weight
+
+        model = Autoencoder()
+        code = int8_linear(X, model.weight, None)
+        assert torch.equal(compile_eager(model)(X), int8_linear(code, model.weight.t(), None))
+        (use,) = int8compile.last_report().graphs[0].weights
+        assert use.int8_bytes == STORE.nbytes() == 2 * 8 * 16 + 4 * (8 + 16)
+
+    def test_a_weight_merged_with_another_and_used_alone(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+            def forward(self, x):
+                return self.a(self.a(x) + self.b(x))
+
+        model = Twice()
+        a, b = (int8_linear(X, layer.weight, None) for layer in (model.a, model.b))
+        assert torch.equal(compile_eager(model)(X), int8_linear(a + b, model.a.weight, None))
+        assert STORE.nbytes() == 2 * (16 * 16 + 4 * 16)
+
     def test_weight_used_by_a_linear_and_by_something_else(self):
         weight = nn.Parameter(torch.randn(8, 16))
 
