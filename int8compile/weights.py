@@ -104,7 +104,7 @@ def _sample(weight: torch.Tensor) -> bytes:
     """
     size = weight.numel() * weight.element_size()
     in_one_piece = weight.is_contiguous() or (weight.dim() == 2 and weight.t().is_contiguous())
-    if weight.device.type != "cpu" or size == 0 or not in_one_piece:
+    if weight.device.type != "cpu" or size == 0 or not in_one_piece or weight.data_ptr() == 0:
         return b""
     starts = [size * (2 * i + 1) // (2 * _SAMPLES) for i in range(_SAMPLES)]
     return b"".join(ctypes.string_at(weight.data_ptr() + s, min(_SAMPLE_BYTES, size - s)) for s in starts)

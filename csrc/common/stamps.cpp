@@ -62,9 +62,13 @@ struct Stamp {
   }
 
   bool matches(const at::Tensor& t) const {
-    return tensor._unsafe_get_target() == t.unsafeGetTensorImpl() &&
-        storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && data == memory(t) &&
-        offset == t.storage_offset() && version == version_of(t) && same_samples(t);
+    if (tensor._unsafe_get_target() != t.unsafeGetTensorImpl() ||
+        storage._unsafe_get_target() != t.storage().unsafeGetStorageImpl() || data != memory(t) ||
+        offset != t.storage_offset() || version != version_of(t)) {
+      return false;
+    }
+    const auto held = storage.lock();  // another thread may give the tensor other memory while this one reads
+    return held && same_samples(t);
   }
 
   bool same_samples(const at::Tensor& t) const {
