@@ -25,7 +25,7 @@ class Reason(enum.Enum):
     TOO_SMALL = "fewer features than min_features, where int8 does not pay"
     DTYPE = "not float32, float16 or bfloat16"
     TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
-    SUBCLASS = "its weight is a tensor subclass"
+    SUBCLASS = "its weight or activation is a tensor subclass"
     CUSTOM = "a module with a forward of its own, which may do more than a linear"
     NOT_CONSTANT = "its weight is not a parameter or buffer but is computed, or passed in, at each call"
     FROZEN = (

@@ -118,6 +118,8 @@ class _Facts:
             return Reason.SHAPE, ""
         if activation is None or out is None:
             return Reason.DTYPE, ""
+        if not _is_fake(activation) and type(activation) not in rules.PLAIN_TENSORS:
+            return Reason.SUBCLASS, f"activation: {type(activation).__name__}"
         shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
         trainable = trainable and self.regions[node][1] and not self.config.llm_int8_has_fp16_weight

@@ -299,6 +299,15 @@ def test_linears_inside_transforms_of_torch_func_are_reported_and_right(function
     assert set(sites.values()) == {Reason.NESTED}
 
 
+def test_activations_that_are_nested_tensors_stay_in_float():
+    model = Mlp()
+    x = torch.nested.nested_tensor([activation(3, 16), activation(5, 16)], layout=torch.jagged)
+    with torch.no_grad():
+        torch.testing.assert_close(compile_eager(model)(x).values(), model(x).values())
+    sites = int8compile.last_report().sites
+    assert {(s.reason, s.detail) for s in sites} == {(Reason.SUBCLASS, "activation: NestedTensor")}
+
+
 def test_inductors_freezing_is_named():
     model, x = Mlp(), activation(5, 16)
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
