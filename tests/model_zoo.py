@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -133,11 +134,32 @@ def eagerly(entry: Entry) -> Callable[..., Any]:
     return backend
 
 
-def measure(entry: Entry, *, inductor: bool = False) -> Row:
-    """Compile an entry with our backend, and compare with plain Dynamo, the emulation and the float model."""
+class BrokenByTorchError(Exception):
+    """This torch's Dynamo breaks a graph of the model, whatever the backend, so paths are relative to its parts.
+
+    (Dynamo of torch 2.11 does not trace the ``copy.deepcopy`` of transformers' encoder-decoders.)
+    """
+
+
+def check_traceable(entry: Entry) -> None:
+    """
+    Raises:
+        BrokenByTorchError: see there.
+    """
     model, inputs = entry.make()
     with torch.no_grad(), entry.context():
-        plain, float_out = _run(model, inputs, backend=lambda gm, example_inputs: gm.forward)
+        _plain(entry, model, inputs)
+
+
+def measure(entry: Entry, *, inductor: bool = False) -> Row:
+    """Compile an entry with our backend, and compare with plain Dynamo, the emulation and the float model.
+
+    Raises:
+        BrokenByTorchError: see there.
+    """
+    model, inputs = entry.make()
+    with torch.no_grad(), entry.context():
+        plain, float_out = _plain(entry, model, inputs)
         chosen = {"backend": "int8", "options": entry.all_options} if inductor else {"backend": eagerly(entry)}
         ours, out = _run(model, inputs, **chosen)
         report = int8compile.last_report()
@@ -147,6 +169,13 @@ def measure(entry: Entry, *, inductor: bool = False) -> Row:
     assert out.dtype == expected.dtype, f"output is {out.dtype}, of the emulation {expected.dtype}"
     error, float_error = relative_error(out, expected), relative_error(float_out, expected)
     return Row(entry, report, tally.with_outliers, ours, plain, error, float_error)
+
+
+def _plain(entry: Entry, model: nn.Module, inputs: Inputs) -> tuple[Counts, torch.Tensor]:
+    counts, out = _run(model, inputs, backend=lambda gm, example_inputs: gm.forward)
+    if counts.breaks > entry.breaks:
+        raise BrokenByTorchError(f"torch {torch.__version__} alone has {counts.breaks} graph breaks in {entry.name}")
+    return counts, out
 
 
 def _run(model: nn.Module, inputs: Inputs, **how: Any) -> tuple[Counts, torch.Tensor]:
@@ -393,7 +422,12 @@ def main() -> None:
     if unknown:
         parser.error(f"no model named {', '.join(sorted(unknown))}; there are {', '.join(e.name for e in ZOO)}")
     chosen = [entry for entry in ZOO if not arguments.names or entry.name in arguments.names]
-    rows = [measure(entry, inductor=arguments.compiler == "inductor") for entry in chosen]
+    rows = []
+    for entry in chosen:
+        try:
+            rows.append(measure(entry, inductor=arguments.compiler == "inductor"))
+        except BrokenByTorchError as error:
+            print(f"left out: {error}", file=sys.stderr)
     print(tabulate(rows, markdown=arguments.markdown), end="")
 
 

@@ -1,12 +1,13 @@
 """``export``: the compiled model's numbers, standard names, no float weights, and nothing of the user's changed."""
 
+import inspect
 import operator
 
 import pytest
 import torch
 from compiling import compile_eager, int8_linear
 from emulation import relative_error
-from model_zoo import ZOO, eagerly, output, tokens
+from model_zoo import ZOO, BrokenByTorchError, check_traceable, eagerly, output, tokens
 from test_models import BF16_BOUND, FP32_BOUND
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +21,6 @@ from int8compile.report import Reason
 EVERYTHING = {"min_features": 0}
 ENTRIES = {entry.name: entry for entry in ZOO}
 BY_DEFAULT = ("Llama", "GPT-2", "Falcon", "BERT", "ViT", "T5")
-CACHELESS = ("BERT", "RoBERTa", "ViT", "CLIP", "TransformerEncoder", "MLP")
 # Dynamo writes into its graph what torch.export puts into a nested one, or has one call for what are several here.
 DIFFERENT = ("TransformerEncoder", "TransformerEncoder, SiLU", "MLP, one linear in autocast")
 
@@ -55,13 +55,17 @@ def kinds(program) -> list[str]:
 )
 def test_models_give_what_they_give_compiled(entry):
     model, inputs = entry.make()
-    cache = {} if entry.name.split(",")[0] in CACHELESS else {"use_cache": False}
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     program = int8compile.export(model, (), {**inputs, **cache}, config=entry.all_options)
     report = int8compile.last_report()
     assert (report.rewritten, {site.reason for site in report.sites if not site.rewritten}) == (
         entry.int8,
         set(entry.left),
     )
+    try:
+        check_traceable(entry)
+    except BrokenByTorchError as error:
+        pytest.skip(str(error))
     with torch.no_grad(), entry.context():
         expected = output(torch.compile(model, backend=eagerly(entry))(**inputs))
         actual = output(program.module()(**inputs, **cache))

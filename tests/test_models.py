@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulation import emulate, int8_linear
-from model_zoo import ZOO, Entry, Mlp, Row, measure, tabulate
+from model_zoo import ZOO, BrokenByTorchError, Entry, Mlp, Row, measure, tabulate
 
 # The error allowed against the emulation. In fp32 both compute the same up to rounding (1e-7), unless that rounding
 # moves an activation across the half between two codes. One such flip changes one row of one linear's result by a
@@ -60,9 +60,16 @@ def check_output(row: Row) -> None:
         assert row.outliers >= row.entry.int8 / 2
 
 
+def measured(entry: Entry, **how: bool) -> Row:
+    try:
+        return measure(entry, **how)
+    except BrokenByTorchError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_rewritten_model(entry: Entry, rows: list[Row]) -> None:
-    row = measure(entry)
+    row = measured(entry)
     rows.append(row)
     check_found(row)
     check_graphs(row)
@@ -74,7 +81,7 @@ def test_rewritten_model(entry: Entry, rows: list[Row]) -> None:
     [pytest.param(e, marks=[] if e.name in COMPILED_BY_DEFAULT else pytest.mark.slow, id=e.name) for e in ZOO],
 )
 def test_compiled_model(entry: Entry) -> None:
-    row = measure(entry, inductor=True)
+    row = measured(entry, inductor=True)
     check_found(row)
     check_graphs(row)
     check_output(row)

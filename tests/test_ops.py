@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from int8compile import native
 from int8compile.ops import linear, quantize_rowwise, quantize_weight, scaled_mm
@@ -148,8 +149,8 @@ class TestInt8Product:
         b = torch.randint(-127, 128, (n, k), dtype=torch.int8)
         want = (a.long() @ b.long().t()).to(torch.int32)
         if dynamic:
-            compiled = torch.compile(_cublas_product, backend="aot_eager", dynamic=True, fullgraph=True)
-            assert torch.equal(compiled(a, b), want)
+            traced = make_fx(_cublas_product, tracing_mode="symbolic")(a, b)  # as inductor takes the operator apart
+            assert torch.equal(traced(a, b), want)
         else:
             monkeypatch.setattr(torch, "_int_mm", cublas)
             assert torch.equal(_cublas_product(a, b), want)
