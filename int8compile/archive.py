@@ -53,7 +53,7 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
 
     Raises:
         ExportError: not an ExportedProgram, a path that does not end in ``.pt2``, or a program that holds a tensor
-            subclass or an object, which only a pickle could carry.
+            subclass or an object, which only a pickle could carry, or takes inputs in a class that cannot be named.
         OSError: the file cannot be written; one that was there is as it was.
     """
     if not isinstance(program, torch.export.ExportedProgram):
@@ -70,7 +70,13 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
     }
     with written_whole("save(program, path)", path) as whole:
         extra = {_OURS.removeprefix("extra/"): json.dumps(about, default=str)}
-        torch.export.save(_bare(program), str(whole), extra_files=extra)
+        try:
+            torch.export.save(_bare(program), str(whole), extra_files=extra)
+        except NotImplementedError as error:
+            raise ExportError(
+                "save(program, path): program takes or returns a class without a name for files; export the model with "
+                f"tuples and dicts instead, or register one for it: {error}"
+            ) from error
 
 
 def load(path: str | os.PathLike[str], kernels: str = "auto") -> torch.export.ExportedProgram:

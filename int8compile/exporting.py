@@ -12,6 +12,7 @@ one pair, named for all of them: ``layers.0.attn.q_k_v.weight_int8`` holds the r
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import weakref
@@ -41,7 +42,7 @@ Progress = Callable[[str, int, int | None], None]
 #: what torch.export says -> what to do about it
 _WAYS_OUT = {
     "not a known type": "the model returns an object that torch.export does not know; a transformers model returns no "
-    "cache with kwargs={'use_cache': False}",
+    "cache with kwargs={'use_cache': False}, and torch.export.register_dataclass makes a dataclass known",
     "0/1 specialized": "a dimension that dynamic_shapes makes dynamic has size 0 or 1 in args, which torch.export "
     "takes for its only size; take example inputs of size 2 or more there",
 }
@@ -66,8 +67,9 @@ def export(
     gradients. The model is left as it is. What was rewritten, and what was not and why, is in
     ``int8compile.last_report()``.
 
-    Outputs of a class of their own (transformers' ``ModelOutput``) come out of the program as a dict of the same keys,
-    so that it runs where that class is unknown.
+    Outputs of a class of their own come out of the program as a dict of the same keys (transformers' ``ModelOutput``, a
+    dataclass that ``torch.export.register_dataclass`` knows) or as a tuple (a named one), so that it runs where that
+    class is unknown.
 
     Args:
         model: a module, exported by ``torch.export.export`` without gradients as it stands (call ``eval()`` first), or
@@ -266,13 +268,22 @@ def joined_path(paths: list[str]) -> str:
 
 
 def _portable(spec: pytree.TreeSpec) -> pytree.TreeSpec:
-    """An output structure without classes that another process may not know: mappings of any kind become dicts."""
+    """An output structure without classes that another process may not know.
+
+    Mappings of any kind and dataclasses become dicts, named tuples (torch's own, such as ``max`` returns, among them)
+    become tuples.
+    """
     if spec.is_leaf():
         return spec
     children = [_portable(child) for child in spec.children()]
-    if isinstance(spec.type, type) and issubclass(spec.type, dict) and spec.type is not dict:
-        keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
+    kind: Any = spec.type  # the function of that name for any namedtuple
+    if isinstance(kind, type) and issubclass(kind, dict) and kind is not dict:
+        keys = list(spec.context[1] if kind.__name__ == "defaultdict" else spec.context)
         return pytree.TreeSpec(dict, keys, children)
+    if dataclasses.is_dataclass(kind):
+        return pytree.TreeSpec(dict, list(spec.context[0]), children)
+    if kind is collections.namedtuple or (isinstance(kind, type) and issubclass(kind, tuple)):
+        return pytree.TreeSpec(tuple, None, children)
     return pytree.TreeSpec(spec.type, spec.context, children)
 
 

@@ -1,7 +1,9 @@
 """``export``: the compiled model's numbers, standard names, no float weights, and nothing of the user's changed."""
 
+import dataclasses
 import inspect
 import operator
+from collections import namedtuple
 
 import pytest
 import torch
@@ -222,6 +224,58 @@ def test_outputs_of_a_librarys_own_class_become_dicts():
     out = program.module()(input_ids=tokens(), use_cache=False)
     assert type(out) is dict
     assert list(out) == ["logits"]
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclasses.dataclass
+class Record:
+    first: torch.Tensor
+    nothing: torch.Tensor | None = None
+    second: torch.Tensor | None = None
+
+
+torch.export.register_dataclass(Record)
+
+
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return Pair(y, [Record(y, second=x)]), torch.max(y, 0)
+
+
+def test_named_tuples_become_tuples_and_dataclasses_dicts(tmp_path):
+    model, x = Outputs().eval(), torch.randn(3, 16)
+    program = int8compile.export(model, (x,), config=EVERYTHING)
+    int8compile.save(program, tmp_path / "m.pt2")
+    for each in (program, int8compile.load(tmp_path / "m.pt2", "reference")):
+        (first, [record]), (values, indices) = out = each.module()(x)
+        assert {type(out), type(out[0]), type(out[1])} == {tuple}
+        assert list(record) == ["first", "second"]
+        assert torch.equal(first, record["first"])
+        assert torch.equal(values, first.gather(0, indices[None])[0])
+        assert torch.equal(record["second"], x)
+
+
+class Inputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, pair):
+        return self.fc(pair.first) + pair.second
+
+
+def test_inputs_in_a_class_without_a_name_for_files_are_refused(tmp_path):
+    program = int8compile.export(Inputs(), (Pair(torch.randn(3, 16), torch.ones(8)),), config=EVERYTHING)
+    with pytest.raises(ExportError, match="without a name for files; export the model with tuples and dicts"):
+        int8compile.save(program, tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_taken_is_named():
