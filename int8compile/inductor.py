@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -106,7 +107,9 @@ def compile_package(
     if target.vector_bits is not None:
         patches["cpp.simdlen"] = target.vector_bits
     tag = _cache_tag(config, native)
-    with torch.compiler.config.patch(cache_key_tag=tag), _compiled_for(target):  # type: ignore[attr-defined]
+    with torch.compiler.config.patch(cache_key_tag=tag), _compiled_for(target), warnings.catch_warnings():  # type: ignore[attr-defined]
+        # torch 2.13 copies its own tree specs in a way that it warns of.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=patches)
 
 
