@@ -1,6 +1,7 @@
 """The ``int8compile`` command.
 
-Exit codes, for every command: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage.
+Exit codes, for every command: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage, and as shells
+have it 130 after Ctrl-C and 143 after SIGTERM, which leave no half-written program behind.
 With ``--json`` the answer on stdout is one JSON document and nothing else.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,11 +32,12 @@ from rich.progress import (
 from rich.table import Table
 
 from int8compile.errors import Int8CompileError
+from int8compile.whole_files import check_target
 
 app = typer.Typer(
     help="LLM.int8() as a torch.compile backend: model = torch.compile(model, backend='int8')",
-    epilog="Exit codes: 0 done; 1 it could not be done, the reason is on stderr; 2 wrong usage. With --json, stdout is "
-    "one JSON document and nothing else.",
+    epilog="Exit codes: 0 done; 1 it could not be done, the reason is on stderr; 2 wrong usage; 130 and "
+    "143 stopped by Ctrl-C and SIGTERM. With --json, stdout is one JSON document and nothing else.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -191,6 +195,7 @@ def export(
     Example: int8compile export ./SmolLM2-135M smollm2.pt2
     """
     with failures_to_stderr(), _progress(as_json) as progress:
+        check_target(f"export {model}", target)
         progress(f"load {model}", 0, None)
         from int8compile.archive import save
         from int8compile.exporting import export as export_model
@@ -247,7 +252,9 @@ def _options(threshold: float, skip: list[str] | None, min_features: int) -> dic
 def _progress(quiet: bool, amount: ProgressColumn | None = None) -> Iterator[Callable[[str, int, int | None], None]]:
     """Bars on stderr, one a step: how much of it is done, or only that it goes on, and for how long."""
     columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet) as bars:
+    # What a model of the user's prints must not come into the JSON on stdout.
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+    with elsewhere, Progress(*columns, console=err, transient=True, disable=quiet) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(step: str, done: int, total: int | None) -> None:
@@ -311,6 +318,8 @@ def _describe_kernels(kernels: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the ``int8compile`` command and of ``python -m int8compile.cli``."""
+    # As an exception, so that what is half written is removed, as it is after Ctrl-C (which click turns into 130).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 

@@ -41,16 +41,20 @@ def _from_function(name: str) -> NamedModel:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelNameError(
             name, f"{error}; expected module:function, such as models:tiny for tiny() of models.py"
         ) from error
+    made = make()  # whose errors are the user's own, with their traceback
     if not isinstance(made, tuple) or not 2 <= len(made) <= 4 or not isinstance(made[0], torch.nn.Module):
         raise ModelNameError(
             name, f"{function}() returned {type(made).__name__}; expected (model, args[, kwargs[, shapes]])"
         )
     model, args, kwargs, shapes = (*made, None, None)[:4]
+    if not isinstance(args, (tuple, list)):
+        problem = f"{function}() returned a {type(args).__name__} as args; expected a tuple, such as (x,)"
+        raise ModelNameError(name, problem)
     return NamedModel(model.eval(), tuple(args), dict(kwargs or {}), shapes)
 
 
@@ -59,6 +63,8 @@ def _from_transformers(name: str) -> NamedModel:
         import transformers
     except ImportError as error:
         raise ModelNameError(name, "a transformers model needs pip install 'int8compile[transformers]'") from error
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ModelNameError(name, "there is no such folder")
     transformers.logging.disable_progress_bar()  # the command line has bars of its own
     try:
         config = transformers.AutoConfig.from_pretrained(name)

@@ -26,6 +26,23 @@ def written_whole(call: str, path: str | os.PathLike[str]) -> Iterator[Path]:
         FileNotFoundError, IsADirectoryError, PermissionError: the folder is not there or cannot be written to, or the
             path is a folder.
     """
+    target = _checked(call, path)
+    work = _work_folder(call, target)
+    with work:
+        whole = Path(work.name) / target.name
+        yield whole
+        os.replace(whole, target)
+
+
+def check_target(call: str, path: str | os.PathLike[str]) -> None:
+    """Raise what ``written_whole`` would raise of the path now, and write nothing.
+
+    For callers whose work begins long before they have something to write.
+    """
+    _work_folder(call, _checked(call, path)).cleanup()
+
+
+def _checked(call: str, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".pt2":
         raise ExportError(f"{call}: path is {str(path)!r}; expected one that ends in '.pt2'")
@@ -33,11 +50,12 @@ def written_whole(call: str, path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"{call}: there is no folder {str(target.parent)!r} to write {target.name} to")
     if target.is_dir():
         raise IsADirectoryError(f"{call}: path {str(path)!r} is a folder; expected a file to write")
+    return target
+
+
+def _work_folder(call: str, target: Path) -> tempfile.TemporaryDirectory[str]:
+    """In the target's folder, since a file can only be moved into place within one file system."""
     try:
-        work = tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent)
+        return tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent)
     except OSError as error:
         raise type(error)(f"{call}: {str(target.parent)!r} cannot be written to ({error.strerror})") from error
-    with work:
-        whole = Path(work.name) / target.name
-        yield whole
-        os.replace(whole, target)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,16 @@ def tiny():
 
 def wrong():
     return 3
+
+def bare():
+    return tiny()[0], torch.ones(2, 8)
+
+def talkative():
+    print("making a model")
+    return tiny()
+
+def mistaken():
+    return torch.no_such_function()
 """
 
 
@@ -105,9 +116,38 @@ def test_progress_is_on_stderr_and_names_the_steps(folder):
     assert program.state_dict["0.weight_int8"].dtype is torch.int8
 
 
-def test_what_cannot_be_written_exits_with_1(folder):
-    result = run("export", "models_of_mine:tiny", "missing/tiny.pt2", code=1)
+def test_what_cannot_be_written_exits_with_1_before_a_model_is_made(folder):
+    result = run("export", "models_of_mine:talkative", "missing/tiny.pt2", code=1)
     assert "there is no folder 'missing'" in result.stderr
+    assert "making a model" not in result.output
+    assert not any("saving" in name for name in os.listdir(folder))
+
+
+def test_json_is_alone_on_stdout_whatever_a_model_prints(folder):
+    for arguments in (("explain", "models_of_mine:talkative"), ("export", "models_of_mine:talkative", "tiny.pt2")):
+        result = run(*arguments, "--json")
+        json.loads(result.stdout)
+        assert "making a model" in result.stderr
+
+
+def test_mistakes_within_a_models_function_keep_their_traceback(folder):
+    result = runner.invoke(app, ["explain", "models_of_mine:mistaken"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, AttributeError)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_leaves_nothing_half_written(folder, number, code):
+    """The model's own function stops the process, within what writes the program."""
+    stop = f"open(args[1], 'w').close(), os.kill(os.getpid(), {int(number)})"
+    (folder / "stopping.py").write_text(
+        f"import os, torch\nfrom models_of_mine import tiny\ntorch.export.save = lambda *args, **_: ({stop})\n"
+    )
+    command = [sys.executable, "-m", "int8compile.cli", "export", "stopping:tiny", "tiny.pt2"]
+    before = sorted(os.listdir(folder))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert sorted({*os.listdir(folder)} - {"__pycache__"}) == before
 
 
 def test_mistakes_exit_with_1_and_their_reason(folder):
@@ -115,6 +155,8 @@ def test_mistakes_exit_with_1_and_their_reason(folder):
         (("explain", "models_of_mine:big"), "has no attribute 'big'; expected module:function"),
         (("explain", "nowhere:tiny"), "No module named 'nowhere'"),
         (("export", "models_of_mine:wrong", "x.pt2"), "wrong() returned int; expected (model, args"),
+        (("export", "models_of_mine:bare", "x.pt2"), "bare() returned a Tensor as args; expected a tuple"),
+        (("explain", "./no_folder"), "'./no_folder': there is no such folder"),
         (("export", "models_of_mine:tiny", "x.pt"), "expected one that ends in '.pt2'"),
         (("package", "nothing.pt2", "x.pt2"), "there is no file 'nothing.pt2'"),
         (("package", "models_of_mine.py", "x.pt2"), "not a file of int8compile.save at all"),
