@@ -78,11 +78,12 @@ def cmake() -> list[str]:
     return [found, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
 
 
-def build(cmake: list[str], folder: Path, *options: str) -> Path:
+def build(cmake: list[str], folder: Path, *options: str, source: Path = ROOT / "examples" / "cpp") -> Path:
     """The example program, built in a folder."""
-    configure = [*cmake, "-S", str(ROOT / "examples" / "cpp"), "-B", str(folder), *options]
+    configure = [*cmake, "-S", str(source), "-B", str(folder), *options]
+    here = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     for command in (configure, [cmake[0], "--build", str(folder), "--parallel"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run_package"
 
@@ -107,6 +108,13 @@ def test_cpp_prints_the_same_logits(program, package, cmake, tmp_path):
     missing = subprocess.run([str(executable), "nothing.pt2", "1"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1
     assert missing.stderr
+
+
+def test_a_copy_of_the_example_takes_what_the_installed_package_has(program, package, cmake, tmp_path):
+    source = tmp_path / "a copy"
+    shutil.copytree(ROOT / "examples" / "cpp", source)
+    library = f"-DINT8COMPILE_LIBRARY={native.build('cpu')}"
+    check_cpp(program, package, build(cmake, tmp_path / "build here", library, source=source))
 
 
 @pytest.mark.slow
