@@ -7,6 +7,7 @@ reads options or environment variables.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import numbers
 import os
@@ -122,6 +123,16 @@ class Int8Config:
         if config.mode is not None:
             raise OptionValueError("mode", mode, f"the same as options['mode'], which is {config.mode!r}")
         return dataclasses.replace(config, mode=mode)
+
+    @property
+    def quant_method(self) -> str:
+        """For transformers, which asks a ``quantization_config`` for it: this one does there as well as its namesake."""
+        importlib.import_module("int8compile.integrations.transformers")  # registers what the name stands for
+        return "int8compile"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; transformers writes them down on its way to a model."""
+        return dataclasses.asdict(self)
 
     def fingerprint(self) -> str:
         """Stable text of our own options; part of the compile caches' key, where inductor's own are already."""

@@ -268,3 +268,26 @@ def test_pickled_code_is_not_run(tmp_path):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "float", quantization_config=Int8Config(**SMALL), weights_only=False
         )
+
+
+def test_the_core_config_is_taken_too(tmp_path):
+    model, inputs = float_model("Llama")
+    model.save_pretrained(tmp_path / "float")
+    options = {"min_features": 0, "llm_int8_threshold": 4.0}
+    loaded = load(model, tmp_path / "float", quantization_config=int8compile.Int8Config(**options))
+    want = load(model, tmp_path / "float", quantization_config=Int8Config(**options))
+    assert loaded.hf_quantizer.report.rewritten == 14
+    assert torch.equal(result(loaded, inputs), result(want, inputs))
+    loaded.save_pretrained(tmp_path / "int8")
+    assert torch.equal(result(load(model, tmp_path / "int8"), inputs), result(want, inputs))
+
+
+def test_a_skip_pattern_that_names_nothing_is_warned_about_once(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="int8compile")
+    loaded, _ = int8_model(tmp_path, llm_int8_skip_modules=["o_proj", "oo_proj"])
+    assert "name no linear: oo_proj" in caplog.text
+    assert loaded.hf_quantizer.report.unmatched == ["oo_proj"]
+    caplog.clear()
+    loaded.save_pretrained(tmp_path / "int8")
+    load(loaded, tmp_path / "int8")
+    assert "name no linear" not in caplog.text

@@ -107,7 +107,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        if isinstance(quantization_config, BitsAndBytesConfig):
+        if isinstance(quantization_config, (BitsAndBytesConfig, core.Int8Config)):
             quantization_config = Int8Config.from_core(quantization_config)
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config.to_core()
@@ -184,6 +184,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [c for c in conversions if not _is_ours(c)]  # type: ignore[assignment]
         self.attach_(model)
         log.info("int8: %s", self.report.summary())
+        if self.report.unmatched and not self.pre_quantized:
+            log.warning("int8: llm_int8_skip_modules that name no linear: %s", ", ".join(self.report.unmatched))
         return model
 
     def attach_(self, model: Any) -> None:
