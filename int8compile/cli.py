@@ -115,32 +115,37 @@ def quantize(
     """
     with failures_to_stderr():
         try:
-            from int8compile import convert
+            from int8compile import comparison, convert
             from int8compile.integrations.transformers import Int8Config
         except ImportError as error:
             raise Int8CompileError(
                 f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
             ) from error
         config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
+        if verify:
+            comparison.check_comparable(source, format)
         with _progress(as_json, DownloadColumn()) as progress:
             done = convert.quantize_folder(source, target, config, format, progress)
-        comparison = convert.compare(source, target, format) if verify else None
+        compared = comparison.compare(source, target, format) if verify else None
+    if done.unmatched:
+        err.print(f"--skip that names no linear: {', '.join(done.unmatched)}", markup=False, highlight=False)
     result: dict[str, Any] = {
         "linears": len(done.sites),
         "int8": sum(site.rewritten for site in done.sites),
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
         "files_resumed": done.resumed,
-        "verify": comparison and {"relative_error": comparison.error, "top_1_agreement": comparison.agreement},
+        "unmatched": done.unmatched,
+        "verify": compared and {"relative_error": compared.error, "top_1_agreement": compared.agreement},
     }
     if as_json:
         print_json(result)
         return
     mib = f"{done.bytes_before / 2**20:.1f} -> {done.bytes_after / 2**20:.1f} MiB"
     out.print(f"{result['int8']} of {result['linears']} linears in int8, {mib}: {target}", highlight=False)
-    if comparison is not None:
-        agreement = f"the same best token in {comparison.agreement:.1%} of places"
-        out.print(f"outputs: relative error {comparison.error:.3g}, {agreement}", highlight=False)
+    if compared is not None:
+        agreement = f"the same best token in {compared.agreement:.1%} of places"
+        out.print(f"outputs: relative error {compared.error:.3g}, {agreement}", highlight=False)
 
 
 Model = Annotated[

@@ -126,7 +126,7 @@ class Int8Config:
 
     @property
     def quant_method(self) -> str:
-        """For transformers, which asks a ``quantization_config`` for it: this one does there as well as its namesake."""
+        """What transformers asks a ``quantization_config`` for: this class will do there, too."""
         importlib.import_module("int8compile.integrations.transformers")  # registers what the name stands for
         return "int8compile"
 

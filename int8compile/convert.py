@@ -27,14 +27,10 @@ import int8compile
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.formats import FORMATS, entries, mark
 from int8compile.inplace import find_linears
-from int8compile.integrations.transformers import (
-    Int8Config,
-    quantization_config,
-    refused_linears,
-    take_over_bitsandbytes,
-)
+from int8compile.integrations.transformers import Int8Config, quantization_config, refused_linears
 from int8compile.modules import is_conv1d
 from int8compile.report import Reason, Site
+from int8compile.rules import names
 from int8compile.weights import pack
 
 _MANIFEST = "unfinished.json"
@@ -46,12 +42,20 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What was done: every linear's Site, bytes of weights before and after, files that an earlier run had finished."""
+    """What was done.
+
+    Attributes:
+        sites: every linear's.
+        bytes_before, bytes_after: of all files of weights.
+        resumed: how many of them an earlier run had finished.
+        unmatched: entries of ``llm_int8_skip_modules`` that name no linear.
+    """
 
     sites: list[Site]
     bytes_before: int
     bytes_after: int
     resumed: int
+    unmatched: list[str]
 
 
 def quantize_folder(
@@ -97,7 +101,32 @@ def quantize_folder(
         index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(target / "model.safetensors.index.json", index)
     _finish(source, target, plan)
-    return Converted(plan.sites, before, after, resumed)
+    return Converted(plan.sites, before, after, resumed, plan.unmatched)
+
+
+def empty_model(source: Path) -> Any:
+    """The transformers model of a checkpoint folder, on the meta device.
+
+    Raises:
+        CheckpointError: a ``config.json`` that is missing, broken or of an unknown model.
+        OptionValueError: a class that transformers does not have.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (ValueError, OSError) as error:
+        problem = f"cannot be read ({str(error).splitlines()[0]})"
+        expected = "the configuration of a model that this transformers knows"
+        raise CheckpointError("the file", problem, expected, source / "config.json") from error
+    name = (config.architectures or ["AutoModel"])[0]
+    family = getattr(transformers, name, None)
+    if family is None:
+        expected = (
+            "a class of transformers; a model with code of its own is converted by from_pretrained(..., "
+            "trust_remote_code=True, quantization_config=Int8Config()) and save_pretrained"
+        )
+        raise OptionValueError("architectures", name, expected)
+    with torch.device("meta"):
+        return family(config) if name != "AutoModel" else family.from_config(config)
 
 
 class _Plan:
@@ -105,21 +134,17 @@ class _Plan:
 
     def __init__(self, source: Path, files: list[Path], config: Int8Config, format: str) -> None:
         self.config, self.format = config, format
-        model_config = transformers.AutoConfig.from_pretrained(source)
-        if getattr(model_config, "quantization_config", None) is not None:
+        model = empty_model(source)
+        if getattr(model.config, "quantization_config", None) is not None:
             raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
-        self.dtype = model_config.dtype
-        names = model_config.architectures or ["AutoModel"]
-        family = getattr(transformers, names[0], None)
-        if family is None:
-            raise OptionValueError("architectures", names[0], "a class of transformers")
-        with torch.device("meta"):
-            model = family(model_config) if names[0] != "AutoModel" else family.from_config(model_config)
+        self.dtype = model.config.dtype
         core = config.to_core()
         found = find_linears(model, core, refused=refused_linears(model, self.dtype))
         if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
             raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
         self.sites = [f.site for f in found]
+        skip = core.llm_int8_skip_modules
+        self.unmatched = [pattern for pattern in skip if not any(names(pattern, s.path) for s in self.sites)]
         self._int8 = {path: f for f in found if f.site.reason is Reason.REWRITTEN for path in f.paths}
         self._names = _Names(model)
         # The first in the model's order, like save_pretrained; a checkpoint's order is its own.
@@ -179,7 +204,11 @@ def _weight_files(source: Path) -> list[Path]:
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = source / f"{stem}{ending}.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                problem = f"cannot be read ({error!r})"
+                raise CheckpointError("weight_map", problem, "the file of each tensor, by its key", index) from error
             missing = [name for name in names if not (source / name).exists()]
             if missing:
                 raise CheckpointError(missing[0], f"is missing, which {index.name} names", "it", source)
@@ -246,67 +275,35 @@ def _open_target(target: Path, files: list[Path], config: Int8Config, format: st
 
 
 def _finish(source: Path, target: Path, plan: _Plan) -> None:
-    for file in source.iterdir():
-        ours = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == "config.json"
-        if file.is_file() and not ours:
-            shutil.copy2(file, target / file.name)
+    for file in _carried(source, target):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
     content = json.loads((source / "config.json").read_text())
     _write_json(target / "config.json", {**content, "quantization_config": plan.quantization_config()})
     (target / _MANIFEST).unlink()
+
+
+def _carried(source: Path, target: Path) -> list[Path]:
+    """What goes along as it is: all but weights, hidden files and ``config.json``.
+
+    Weights that have a ``config.json`` beside them in a folder below go along: they are modules of their own, as in
+    sentence-transformers' checkpoints.
+    """
+    files = []
+    for folder, below, inside in os.walk(source):
+        here = Path(folder)
+        below[:] = [name for name in below if not name.startswith(".") and not (here / name).samefile(target)]
+        top = here == source
+        module = not top and "config.json" in inside
+        for name in inside:
+            weights = name.endswith(_WEIGHTS) and not (module and name.endswith((".safetensors", ".bin")))
+            if not (weights or name.startswith(".") or (top and name == "config.json")):
+                files.append(here / name)
+    return files
 
 
 def _write_json(path: Path, content: object) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Outputs of an int8 checkpoint beside those of the float one: relative error, and how often the best agree."""
-
-    error: float
-    agreement: float
-
-
-def compare(source: Path, target: Path, format: str) -> Comparison:
-    """Run both checkpoints on the same random tokens.
-
-    Raises:
-        OptionValueError: a format that this package writes but does not read, or a model that takes no tokens.
-        CheckpointError: the int8 model's outputs are not finite where the float model's are.
-    """
-    if format == "compressed-tensors":
-        raise OptionValueError("verify", True, "False for compressed-tensors, which is read by others")
-    config = transformers.AutoConfig.from_pretrained(source)
-    family = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    model = family.from_pretrained(source)
-    if model.main_input_name != "input_ids":
-        raise OptionValueError("verify", True, f"False for a model that takes {model.main_input_name}")
-    inputs = _random_tokens(model)
-    want = _outputs(model, inputs)
-    del model
-    take_over_bitsandbytes(format == "bitsandbytes")
-    try:
-        got = _outputs(family.from_pretrained(target), inputs)
-    finally:
-        take_over_bitsandbytes(False)
-    if want.isfinite().all() and not got.isfinite().all():
-        raise CheckpointError("the model's output", "is not finite", "finite numbers, as from the float model", target)
-    agreement = (got.argmax(-1) == want.argmax(-1)).double().mean()
-    return Comparison(float((got - want).norm() / want.norm()), float(agreement))
-
-
-def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": tokens}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens[:, :16]
-    return inputs
-
-
-@torch.no_grad()
-def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    first: torch.Tensor = model(**inputs, return_dict=False)[0]
-    return first.double()

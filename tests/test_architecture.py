@@ -25,6 +25,7 @@ FLOORS = [
     ("explanation", "diagnosis", "exporting", "packaging"),
     ("integrations",),
     ("convert",),
+    ("comparison",),
     ("testing", "cli"),
 ]
 

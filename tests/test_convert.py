@@ -9,8 +9,9 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from int8compile import convert
+from int8compile import comparison, convert
 from int8compile.cli import app
+from int8compile.comparison import compare
 from int8compile.convert import quantize_folder
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import Int8Config, save_pretrained, take_over_bitsandbytes
@@ -160,3 +161,72 @@ def test_the_command_in_bitsandbytes_format(tmp_path):
         family.from_pretrained(tmp_path / "bnb")
     finally:
         take_over_bitsandbytes(False)
+
+
+def test_what_cannot_be_verified_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    folder, _, _ = float_folder(tmp_path)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: None)
+    arguments = ["quantize", str(folder), str(tmp_path / "int8"), "--format", "compressed-tensors", "--verify"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "pip install compressed-tensors" in " ".join(result.stderr.split())
+    assert not (tmp_path / "int8").exists()
+
+
+@pytest.mark.parametrize("name", ["ViT", "Whisper", "T5"])
+def test_verifies_models_that_take_pixels_and_sounds(tmp_path, name):
+    folder, _, _ = float_folder(tmp_path, name)
+    quantize_folder(folder, tmp_path / "int8", CONFIG)
+    assert 0 < compare(folder, tmp_path / "int8", "int8compile").error < 0.2
+
+
+def test_verifies_compressed_tensors(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder, _, _ = float_folder(tmp_path)
+    quantize_folder(folder, tmp_path / "int8", CONFIG, "compressed-tensors")
+    assert 0 < compare(folder, tmp_path / "int8", "compressed-tensors").error < 0.3
+
+
+def test_carries_along_all_that_is_no_weight(tmp_path):
+    folder, _, _ = float_folder(tmp_path)
+    kept = ["chat_template.jinja", "modeling_own.py", "1_Pooling/config.json", "2_Dense/config.json"]
+    kept.append("2_Dense/model.safetensors")
+    left = ["optimizer.pt", "onnx/model.onnx", "original/consolidated.00.pth", ".cache/x.json", ".gitattributes"]
+    for name in [*kept, *left]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    target = folder / "int8"
+    quantize_folder(folder, target, CONFIG)
+    assert all((target / name).read_text() == name for name in kept)
+    assert not any((target / name).exists() for name in left)
+    assert not (target / "int8").exists()
+
+
+def test_broken_descriptions_are_named(tmp_path):
+    folder, _, _ = float_folder(tmp_path, max_shard_size="40KB")
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    for broken in ('{"weight_map"', "{}", "[]"):
+        index.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: weight_map cannot be read"):
+            quantize_folder(folder, tmp_path / "int8", CONFIG)
+    index.write_text(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OwnForCausalLM"]}))
+    with pytest.raises(OptionValueError, match=r"architectures='OwnForCausalLM'.*trust_remote_code"):
+        quantize_folder(folder, tmp_path / "int8", CONFIG)
+    for broken in ("{", json.dumps({**config, "model_type": "own"})):
+        (folder / "config.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"config\.json: the file cannot be read"):
+            quantize_folder(folder, tmp_path / "int8", CONFIG)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: the file cannot be read"):
+        quantize_folder(folder, tmp_path / "int8", CONFIG)
+    assert not (tmp_path / "int8").exists()
+
+
+def test_a_skip_that_names_nothing_is_told(tmp_path):
+    folder, _, _ = float_folder(tmp_path)
+    result = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "int8"), "--skip", "oo_proj"])
+    assert result.exit_code == 0, result.output
+    assert "names no linear: oo_proj" in result.stderr
