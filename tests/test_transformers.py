@@ -291,3 +291,29 @@ def test_a_skip_pattern_that_names_nothing_is_warned_about_once(tmp_path, caplog
     loaded.save_pretrained(tmp_path / "int8")
     load(loaded, tmp_path / "int8")
     assert "name no linear" not in caplog.text
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("labels", [12, 20])
+def test_a_head_of_another_size_is_new_where_that_is_allowed(tmp_path, caplog, quantised, labels):
+    config = copy.deepcopy(ENTRIES["BERT"].make()[0].config)
+    config.num_labels = 16
+    family = transformers.BertForSequenceClassification
+    family(config).save_pretrained(tmp_path / "from")
+    given = {"quantization_config": Int8Config(min_features=15)}
+    if quantised:
+        family.from_pretrained(tmp_path / "from", **given).save_pretrained(tmp_path / "int8")
+    source, given = (tmp_path / "int8", {}) if quantised else (tmp_path / "from", given)
+    model = family.from_pretrained(source, num_labels=labels, ignore_mismatched_sizes=True, **given)
+    assert type(model.classifier) is nn.Linear
+    assert model.classifier.weight.requires_grad
+    assert 0 < model.classifier.weight.std() < 0.1
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.shape == (1, labels)
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == model.hf_quantizer.report.rewritten == 13
+    caplog.set_level(logging.WARNING, logger="transformers")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        family.from_pretrained(source, num_labels=labels, **given)
+    assert "classifier.weight" in caplog.text
+    model.save_pretrained(tmp_path / "again")  # and the float head is kept from then on
+    again = family.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.classifier.weight, model.classifier.weight)

@@ -12,7 +12,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError
 from int8compile.formats import read_packed
 from int8compile.inplace import is_float_linear, matrix_shape
-from int8compile.modules import Int8Linear
+from int8compile.modules import Int8Linear, is_conv1d
 from int8compile.weights import Packed, pack
 
 Entries = dict[str, Any]
@@ -25,7 +25,9 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         """``loaded``: takes the paths of the modules that get their weights."""
         self.loaded = loaded
 
-    def convert(self, input_dict: Entries, model: Any = None, **kwargs: Any) -> Entries:
+    def convert(
+        self, input_dict: Entries, model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> Entries:
         result: Entries = {}
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
@@ -33,8 +35,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             module = model.get_submodule(path)
             expected = (module.out_features, module.in_features)
             expected = expected[::-1] if module.stored_transposed else expected
-            if tuple(value.shape) != expected:
-                raise CheckpointError(key, f"is {list(value.shape)}", f"{list(expected)}, as the model has it")
+            if tuple(value.shape) != expected:  # which transformers reports, or ignores if it is told to
+                _to_float_skeleton(model, path, module, missing_keys)
+                result[key] = value
+                continue
             result |= _tensors(path, pack(value, module.stored_transposed))
             self.loaded.add(path)
         return result
@@ -53,13 +57,20 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
         return self  # transformers copies operations for every weight
 
-    def convert(self, input_dict: Entries, model: Any = None, full_layer_name: str = "", **kwargs: Any) -> Entries:
+    def convert(
+        self,
+        input_dict: Entries,
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> Entries:
         found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         path = full_layer_name.rpartition(".")[0]
         module, weight = model.get_submodule(path), found.get("weight")
         if set(found) == {"weight"} and weight is not None and weight.dtype != torch.int8:
             if isinstance(module, Int8Linear):
-                _to_float_skeleton(model, path, module)
+                _to_float_skeleton(model, path, module, missing_keys)
             return {full_layer_name: weight}
         if isinstance(module, Int8Linear):
             shape = (module.out_features, module.in_features)
@@ -67,6 +78,11 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
             shape = matrix_shape(module)
         else:
             raise CheckpointError(full_layer_name, "is int8", f"a float tensor for a {type(module).__name__}")
+        if weight is not None and weight.dtype == torch.int8 and weight.shape[:2] != shape:
+            if isinstance(module, Int8Linear):
+                _to_float_skeleton(model, path, module, missing_keys)
+            codes = weight.flatten(1)  # without what marks the first one
+            return {full_layer_name: codes.t() if is_conv1d(model.get_submodule(path)) else codes}
         packed = read_packed(found, f"{path}.", shape)
         assert packed is not None
         if not isinstance(module, Int8Linear):
@@ -79,7 +95,10 @@ def _tensors(path: str, packed: Packed) -> Entries:
     return {f"{path}.weight": packed.weight, f"{path}.weight_scale": packed.scale}
 
 
-def _to_float_skeleton(model: Any, path: str, module: Int8Linear) -> None:
+def _to_float_skeleton(model: Any, path: str, module: Int8Linear, missing_keys: set[str] | None) -> None:
+    """Exchange an empty ``Int8Linear`` for an empty float linear, which has no scale for transformers to miss."""
+    if missing_keys is not None:
+        missing_keys.discard(f"{path}.weight_scale")
     new = module.to_float()
     assert isinstance(new.weight, nn.Parameter)
     model.set_submodule(path, new.requires_grad_(True))
