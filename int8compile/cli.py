@@ -144,8 +144,8 @@ def quantize(
     mib = f"{done.bytes_before / 2**20:.1f} -> {done.bytes_after / 2**20:.1f} MiB"
     out.print(f"{result['int8']} of {result['linears']} linears in int8, {mib}: {target}", highlight=False)
     if compared is not None:
-        agreement = f"the same best token in {compared.agreement:.1%} of places"
-        out.print(f"outputs: relative error {compared.error:.3g}, {agreement}", highlight=False)
+        agreement = f"the same best one in {compared.agreement:.1%} of places"
+        out.print(f"outputs for random inputs: relative error {compared.error:.3g}, {agreement}", highlight=False)
 
 
 Model = Annotated[

@@ -1,6 +1,8 @@
 """LoRA on Int8Linear: found, right in eager and compiled, merged and unmerged, trained."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -139,6 +141,21 @@ def test_two_adapters_and_their_folders(tmp_path):
     assert not torch.equal(logits(again, inputs), expected)
     again.set_adapter("default")
     assert torch.equal(logits(again, inputs), expected)
+
+
+def test_needs_no_import_where_peft_was_imported_first():
+    script = """
+import peft, torch, transformers
+from int8compile import quantize_
+config = transformers.LlamaConfig(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+)
+model = transformers.LlamaForCausalLM(config)
+quantize_(model, {"min_features": 0})
+peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).print_trainable_parameters()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_dora_is_refused():

@@ -5,7 +5,8 @@
     model = get_peft_model(model, LoraConfig(...))
 
 Importing this file teaches PEFT about ``Int8Linear``: ``get_peft_model`` and ``PeftModel.from_pretrained`` adapt it
-like any linear, ``target_modules="all-linear"`` finds it, and merging goes by way of the float weight.
+like any linear, ``target_modules="all-linear"`` finds it, and merging goes by way of the float weight. Where PEFT has
+been imported before, loading an int8 transformers model imports it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,6 +196,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         model.is_quantized, model.is_loaded_in_8bit = True, True
         model.quantization_method = "int8compile"
         self.report = report_of(model, self.config, self.refused)
+        _tell_peft()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -263,6 +266,15 @@ class _InPlaceOfBitsAndBytes(Int8Quantizer):
 def attach_(model: Any, config: core.Int8Config) -> None:
     """Tell a transformers model that ``quantize_`` has made it int8, so that it can be saved and trained as such."""
     Int8Quantizer(Int8Config.from_core(dataclasses.replace(config, inductor={}, mode=None))).attach_(model)
+
+
+def _tell_peft() -> None:
+    """Who has imported PEFT before the model was loaded need not import our part of it."""
+    if "peft" in sys.modules:
+        try:
+            importlib.import_module("int8compile.integrations.peft")
+        except (ImportError, AttributeError) as error:
+            log.info("int8: this peft cannot adapt Int8Linear (%s)", error)
 
 
 def state_dict(model: nn.Module, format: str) -> dict[str, torch.Tensor]:
