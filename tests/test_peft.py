@@ -228,3 +228,46 @@ def test_int8_learns_as_float_does():
     ours, theirs = losses(int8=True), losses(int8=False)
     assert theirs[-8:].mean() < 0.6 * theirs[:4].mean()
     assert (ours[-8:].mean() - theirs[-8:].mean()).abs() < 0.05 * theirs[-8:].mean()
+
+
+@pytest.mark.parametrize("name", ["T5", "BERT"])
+def test_sequence_models_train_save_and_merge(tmp_path, name):
+    """An encoder-decoder, and a classifier whose head is trained whole beside the adapters."""
+    transformers = pytest.importorskip("transformers")
+    from int8compile.integrations.transformers import Int8Config
+
+    model, inputs = ENTRIES[name].make()
+    inputs = {**inputs, "labels": torch.tensor([[4, 5, 6], [7, 8, 9]])}
+    inputs.pop("decoder_input_ids", None)
+    options = {"task_type": "SEQ_2_SEQ_LM"}
+    model.config.decoder_start_token_id = 0  # which T5 puts before the labels
+    if name == "BERT":
+        model = transformers.BertForSequenceClassification(model.config)
+        inputs["labels"] = torch.tensor([0, 1])
+        options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    family = type(model)
+    model.save_pretrained(tmp_path / "float")
+
+    def base():
+        config = Int8Config(min_features=0, llm_int8_skip_modules=["classifier"])
+        return family.from_pretrained(tmp_path / "float", quantization_config=config)
+
+    model = lora(prepare_model_for_kbit_training(base()), **options).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    want = logits(model, inputs)
+    assert torch.equal(logits(again, inputs), want)
+    merged = again.merge_and_unload()
+    got = logits(merged, inputs)
+    assert (got - want).norm() < 0.1 * want.norm()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(family.from_pretrained(tmp_path / "merged"), inputs), got)
