@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def load(path: str | os.PathLike[str], kernels: str = "auto") -> torch.export.Ex
     if not os.path.exists(name):
         raise FileNotFoundError(f"load(path): there is no file {name!r}")
     about = _check(name)
+    _check_bytes(name)
     try:
         program: torch.export.ExportedProgram = torch.export.load(name)
     except Exception as error:
@@ -140,6 +142,17 @@ def _check(name: str) -> dict[str, Any]:
             f"{name} holds pickled data ({', '.join(pickled)}), which may run any code; it is not read"
         )
     return about
+
+
+def _check_bytes(name: str) -> None:
+    """Compare each record to its checksum, which torch does not: a flipped bit would be another weight."""
+    try:
+        with zipfile.ZipFile(name) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ProgramFileError(f"{name} is damaged ({_first(error)})") from error
+    if damaged is not None:
+        raise ProgramFileError(f"{name} is damaged: the bytes of {damaged} are not those that were written")
 
 
 def _json(reader: Any, name: str, record: str) -> dict[str, Any]:

@@ -132,6 +132,16 @@ def test_newer_and_damaged_formats(saved):
         int8compile.load(rewrite_zip(saved, lambda name, data: None if name.endswith("weight_0") else data))
 
 
+def test_a_flipped_bit_is_seen(saved, tmp_path):
+    content = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        (weight,) = (info for info in archive.infolist() if info.filename.endswith("data/weights/weight_0"))
+    content[weight.header_offset + 512] ^= 1  # past the header and its padding
+    (tmp_path / "flipped.pt2").write_bytes(content)
+    with pytest.raises(ProgramFileError, match=r"the bytes of .*weight_0 are not those that were written"):
+        int8compile.load(tmp_path / "flipped.pt2")
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("something was unpickled",))
