@@ -160,7 +160,7 @@ def _decode(model: Any, skip_output_embeddings: bool, steps: int) -> dict[str, A
             times.clear()
         whole = [step() for _ in range(steps)]
         graphs = len(spent["whole"]) // steps
-        runner = [w - i for w, i in zip(spent["whole"], spent["inductor"], strict=True)]
+        compiled_s, inductor_s = (_by_step(spent[key], graphs) for key in ("whole", "inductor"))  # before profiling
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(steps):
                 step()
@@ -168,11 +168,19 @@ def _decode(model: Any, skip_output_embeddings: bool, steps: int) -> dict[str, A
     times_us = {e.key: e.cpu_time_total / steps for e in profile.key_averages() if "::" in e.key}
     return {
         "token_ms": vars(Timing.of(whole)),
-        "runner_us": 1e6 * statistics.median(runner) * graphs,
-        "outside_us": 1e6 * (statistics.median(whole) - statistics.median(spent["whole"]) * graphs),
+        "runner_us": 1e6 * _median_difference(compiled_s, inductor_s),
+        "outside_us": 1e6 * _median_difference(whole, compiled_s),
         "graphs": graphs,
         "calls": {name: {"count": count / steps, "us": times_us[name]} for name, count in calls.most_common()},
     }
+
+
+def _by_step(seconds: list[float], graphs: int) -> list[float]:
+    return [sum(seconds[i : i + graphs]) for i in range(0, len(seconds), graphs)]
+
+
+def _median_difference(longer: list[float], shorter: list[float]) -> float:
+    return statistics.median(a - b for a, b in zip(longer, shorter, strict=True))
 
 
 def _print(output: dict[str, Any], console: Console) -> None:
