@@ -13,7 +13,8 @@ import torch
 import typer
 
 import int8compile
-from benchmarks import common, linear, linear_contenders, program_sizes, random_llama, results, targets
+from benchmarks import calls, common, linear, linear_contenders, program_sizes, random_llama, results, targets
+from benchmarks.contender import load
 from benchmarks.linear_contenders import Case, Prepared, WrongResultError
 
 SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
@@ -272,3 +273,13 @@ def test_sizes_of_programs(tmp_path, monkeypatch):
     console = rich.console.Console(file=io.StringIO(), width=100)
     console.print(program_sizes.table({"mlp": found}))
     assert re.search(r"mlp\s+2\.\d\s+1\.\d \(0\.5\dx\)", console.file.getvalue())
+
+
+def test_a_decode_steps_parts_are_within_it():
+    """Of a model of two layers: what surrounds inductor's code takes some of a step's time, and not more than all."""
+    torch._dynamo.reset()
+    found = calls._decode(load("shape:tiny", "float32"), True, 2)
+    assert found["graphs"] == 1
+    assert found["calls"]["int8compile::linear"]["count"] >= 8  # qkv o, gate-up down of each layer
+    assert 0 < found["runner_us"] + found["outside_us"] < 1e3 * found["token_ms"]["max"]
+    assert min(found["runner_us"], found["outside_us"]) > 0
