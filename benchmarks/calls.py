@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from benchmarks import common
 from benchmarks.common import Timing
-from benchmarks.contender import load
+from benchmarks.contender import load, own_process
 from benchmarks.random_llama import SHAPES
 from int8compile import backend as int8_backend
 from int8compile import inductor, ops
@@ -55,6 +55,7 @@ def main(
         raise typer.BadParameter(
             f"{shape!r}; expected one of {', '.join(SHAPES)}, and no --model", param_hint="--shape"
         )
+    own_process()
     if threads:
         torch.set_num_threads(threads)
     dtype = dtype or common.default_dtype("cpu")

@@ -61,6 +61,7 @@ def make_model(
     """
     import torch
 
+    own_process()
     if threads:
         torch.set_num_threads(threads)
     if backend == "onnxruntime":
@@ -74,13 +75,8 @@ def make_model(
     return Model(path, dtype, backend, device, options)
 
 
-def load(path: str, dtype: str) -> Any:
-    """A causal language model in eval mode, and no gradients in this process from now on.
-
-    Args:
-        path: a transformers folder or hub id, or ``shape:NAME`` for one of ``benchmarks/random_llama.py``.
-        dtype: name of the dtype that weights and activations have.
-    """
+def own_process() -> None:
+    """No gradients, and neither warnings nor progress, in this process from now on."""
     import torch
     import transformers
 
@@ -89,6 +85,18 @@ def load(path: str, dtype: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
+
+
+def load(path: str, dtype: str) -> Any:
+    """A causal language model in eval mode.
+
+    Args:
+        path: a transformers folder or hub id, or ``shape:NAME`` for one of ``benchmarks/random_llama.py``.
+        dtype: name of the dtype that weights and activations have.
+    """
+    import torch
+    import transformers
+
     if path.startswith("shape:"):
         from benchmarks.random_llama import random_llama
 

@@ -13,6 +13,7 @@ imports and a first small model take is left out.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def main(
         print(json.dumps(measure(way, model, dtype, str(int8))))
         return
     if programs:
+        logging.getLogger("torch.export").setLevel(logging.ERROR)
         found = program_sizes.sizes(model)
         print(json.dumps(found)) if as_json else rich.console.Console().print(program_sizes.table(found))
         return

@@ -6,7 +6,6 @@ BERT, ViT and GPT-2.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,7 +63,6 @@ def sizes(path: str, makers: dict[str, Any] | None = None) -> dict[str, dict[str
     """Bytes by model and column, with a progress bar on stderr."""
     results: dict[str, dict[str, int]] = {}
     makers = models(path) if makers is None else makers
-    logging.getLogger("torch.export").setLevel(logging.ERROR)
     with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=len(makers) * len(COLUMNS))
         for name, make in makers.items():
