@@ -33,6 +33,9 @@ class Reason(enum.Enum):
         "turn it off (torch._inductor.config.freezing, TORCHINDUCTOR_FREEZING)"
     )
     MUTATED = "its weight is changed inside the graph"
+    RESHAPED = "its activation, weight, bias or result is given another shape or memory in place (unsqueeze_, t_, set_)"
+    FORM = "a form of product without an int8 operator: out=, alpha, beta, or a bias that is not [out_features]"
+    UNREAD = "nothing reads its result, so that it need not be computed at all"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
     NESTED = "inside a higher-order operator (such as activation checkpointing) or a transform of torch.func"
     FUSED = "read by one of PyTorch's fused attention calls, which was not taken apart"

@@ -21,8 +21,8 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from int8compile.graph_text import meta_value
+from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import transformed
 
 
 def expand(graph: fx.Graph, context: PassContext) -> int:

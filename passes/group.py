@@ -17,8 +17,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import changes_between, regions, transformed
 
 aten = torch.ops.aten
 
@@ -37,18 +37,27 @@ class _Copies(NamedTuple):
 
 def group(graph: fx.Graph, context: PassContext) -> int:
     where, left = regions(graph, context.grad_enabled), transformed(graph)
-    changes = 0
-    for node in list(graph.nodes):
+    found = []
+    for node in graph.nodes:
         if node.op != "call_function" or node.target not in _ATTENTION or where[node][1] or node in left:
             continue
         value = meta_tensor(node)
         if value is None or value.device.type != "cpu" or len(node.args) < _INPUTS or node.kwargs.get("enable_gqa"):
             continue
         copies = [c for c in map(_copies, node.args[1:_INPUTS]) if c]
-        if len(copies) == 2 and not any(changes_between(c.heads, c.reshaped, node) for c in copies):
-            _group(node, copies, context)
-            changes += 1
-    return changes
+        if len(copies) == 2:
+            found.append((node, copies))
+    effects = Effects(graph) if found else None
+    found = [(node, copies) for node, copies in found if effects and all(_same(c, node, effects) for c in copies)]
+    for node, copies in found:
+        _group(node, copies, context)
+    return len(found)
+
+
+def _same(copies: _Copies, attention: fx.Node, effects: Effects) -> bool:
+    """Whether the heads are at the attention what they were when copied, and the copies too."""
+    nodes = (copies.heads, copies.reshaped)
+    return not any(effects.reshaped(n) or effects.changes(n, copies.reshaped, attention) for n in nodes)
 
 
 def _copies(node: object) -> _Copies | None:

@@ -9,8 +9,8 @@ w0 and w1 once. When all readers of the quantised activation merge, it needs no 
 ``int8compile.linear``. The copies make each result a tensor of its own, as the user's code expects (it may reshape
 it or write to it); inductor fuses them into what reads them.
 
-Not merged: biases that are computed only after the first of the products; int8 weights of the user's own (an
-``Int8Linear``), because the joined one would be a second copy of them.
+Not merged: biases that are computed, or written to, only after the first of the products; int8 weights of the user's
+own (an ``Int8Linear``), because the joined one would be a second copy of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx
 from int8compile.capture import Lifted
 from int8compile.graph_text import meta_tensor
 from int8compile.ops import linear, scaled_mm
+from int8compile.passes.analysis import Effects
 from int8compile.passes.calls import LinearCall, ScaledMmCall
 from int8compile.passes.context import PassContext
 
@@ -33,14 +34,18 @@ def merge(graph: fx.Graph, context: PassContext) -> int:
     for node in graph.find_nodes(op="call_function", target=scaled_mm):
         if ScaledMmCall.of(node).weight in lifted:
             groups.setdefault(ScaledMmCall.of(node).activation, []).append(node)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    changes = 0
-    for group in groups.values():
-        ready = [n for n in group if (b := ScaledMmCall.of(n).bias) is None or order[b] < order[group[0]]]
-        if len(ready) > 1:
-            _merge(graph, context, ready)
-            changes += len(ready)
-    return changes
+    effects = Effects(graph)
+    ready = [[node for node in group if _readable_at(group[0], node, effects)] for group in groups.values()]
+    mergeable = [group for group in ready if len(group) > 1]
+    for group in mergeable:
+        _merge(graph, context, group)
+    return sum(map(len, mergeable))
+
+
+def _readable_at(first: fx.Node, node: fx.Node, effects: Effects) -> bool:
+    """Whether all that a product reads is there, and the same, at the first of the products."""
+    call = ScaledMmCall.of(node)
+    return all(effects.readable_at(read, first, node) for read in (call.x, call.bias) if read is not None)
 
 
 def _merge(graph: fx.Graph, context: PassContext, group: list[fx.Node]) -> None:

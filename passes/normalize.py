@@ -9,7 +9,8 @@
     (g) int8compile.linear, the user's own              -> the same, with all its arguments positional
 
 A product is a linear only if its second operand is, through transposes, a parameter or buffer: attention's ``q @ k.T``
-stays. So do addmm with alpha or beta, a bias that is not [N], and einsums that permute their result.
+stays. So do einsums that permute their result and, with a Reason: ``out=``, addmm with alpha or beta, or with a bias
+that is not [N], and a product that nothing reads.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.capture import is_constant
+from int8compile.capture import is_constant, site_path
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
+from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import transformed
+from int8compile.report import Reason, Site
 
 aten = torch.ops.aten
 
@@ -43,12 +46,16 @@ _INT8_ARGUMENTS = int8_linear._schema.arguments
 
 
 class Linear(NamedTuple):
-    """What a node computes, found to be x [..., K] times weight [N, K] (or [K, N] if ``transposed``) plus bias [N]."""
+    """What a node computes, found to be x [..., K] times weight [N, K] (or [K, N] if ``transposed``) plus bias [N].
+
+    ``beside``: what else it does, such as writing to ``out``, that no canonical node would.
+    """
 
     x: fx.Node
     weight: fx.Node
     transposed: bool
     bias: fx.Node | None
+    beside: str = ""
 
 
 def normalize(graph: fx.Graph, context: PassContext) -> int:
@@ -65,6 +72,10 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
             continue
         linear = None if node in left else match_linear(node)
         if linear is None:
+            continue
+        if linear.beside or not node.users:
+            reason = Reason.FORM if linear.beside else Reason.UNREAD
+            context.sites[node] = float_site(node, reason, linear.beside)
             continue
         weight = linear.weight
         if linear.transposed:
@@ -91,60 +102,97 @@ def match_linear(node: fx.Node) -> Linear | None:
     if target in _LINEAR:
         return _match_linear(node)
     if target in _MATMUL:
-        return _match_product(node, operands=_arguments(node, ("input", "other")), bias=None)
+        return _match_product(_Call(node, ("input", "other")))
     if target in _ADDMM:
-        return _match_addmm(node)
+        return _match_addmm(_Call(node, ("input", "mat1", "other")))
     if target in _EINSUM:
         return _match_einsum(node)
     return None
 
 
-def _arguments(node: fx.Node, names: tuple[str, ...]) -> tuple[object, ...]:
-    """Positional and keyword arguments of the given parameters; ``mat2`` and ``self`` are aten's names for two."""
-    kwargs = dict(node.kwargs)
-    for alias, name in (("self", "input"), ("mat2", "other"), ("tensor", "other")):
-        if alias in kwargs and name not in kwargs:
-            kwargs[name] = kwargs[alias]
-    return tuple(node.args[i] if i < len(node.args) else kwargs.get(name) for i, name in enumerate(names))
+def float_site(node: fx.Node, reason: Reason, detail: str = "") -> Site:
+    """The site of a linear that stays as it is."""
+    linear = match_linear(node)
+    assert linear is not None
+    weight, out = meta_tensor(linear.weight), meta_tensor(node)
+    n, k = (weight.shape[::-1] if linear.transposed else weight.shape) if weight is not None else (0, 0)
+    dtype = "?" if out is None else str(out.dtype).removeprefix("torch.")
+    return Site(site_path(node, linear.weight), int(k), int(n), dtype, reason, detail)
+
+
+class _Call:
+    """A call's arguments by these names, and what it was given beside them (other than None)."""
+
+    _OTHER_NAMES = (("self", "input"), ("mat2", "other"), ("tensor", "other"))  # aten's, and a method's
+
+    def __init__(self, node: fx.Node, names: tuple[str, ...]) -> None:
+        given: dict[str, object] = {name: value for name, value in node.kwargs.items() if value is not None}
+        for theirs, ours in self._OTHER_NAMES:
+            if theirs in given and ours not in given:
+                given[ours] = given.pop(theirs)
+        positional: tuple[object, ...] = node.args
+        given |= dict(zip(names, positional, strict=False))
+        self.args: list[object] = [given.pop(name, None) for name in names]
+        self.rest: dict[str, object] = given
+        if len(node.args) > len(names):
+            self.rest["arguments"] = positional[len(names) :]
+
+    @property
+    def beside(self) -> str:
+        return ", ".join(f"{name}=" for name in self.rest)
 
 
 def _match_linear(node: fx.Node) -> Linear | None:
-    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+    call = _Call(node, ("input", "weight", "bias"))
+    x, weight, bias = call.args
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     root, transposed = resolve_transposes(weight)
     if not is_constant(root):
         root, transposed = weight, False
-    return Linear(x, root, transposed, bias if isinstance(bias, fx.Node) else None)
+    return Linear(x, root, transposed, bias if isinstance(bias, fx.Node) else None, call.beside)
 
 
-def _match_product(node: fx.Node, operands: tuple[object, ...], bias: fx.Node | None) -> Linear | None:
-    x, other = operands
+def _match_product(call: _Call, bias: fx.Node | None = None) -> Linear | None:
+    x, other = call.args[-2:]
     if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
         return None
     root, transposed = resolve_transposes(other)
     if not is_constant(root) or _dims(root) != 2 or _dims(x) == 0:
         return None
-    return Linear(x, root, not transposed, bias)
+    return Linear(x, root, not transposed, bias, call.beside)
 
 
-def _match_addmm(node: fx.Node) -> Linear | None:
-    bias, x, other = _arguments(node, ("input", "mat1", "other"))
-    scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
-    if scaled or len(node.args) > 3 or node.kwargs.get("out") is not None or not isinstance(bias, fx.Node):
+def _match_addmm(call: _Call) -> Linear | None:
+    bias = call.args[0]
+    for scale in ("alpha", "beta"):
+        if call.rest.get(scale) == 1:
+            del call.rest[scale]
+    if not isinstance(bias, fx.Node):
         return None
-    linear = _match_product(node, (x, other), bias)
-    if linear is None:
+    linear = _match_product(call, bias)
+    if linear is None or linear.beside:
+        return linear
+    weight, value = meta_tensor(linear.weight), meta_tensor(bias)
+    if weight is None or value is None:
         return None
-    weight, offset = meta_tensor(linear.weight), meta_tensor(bias)
-    outputs = None if weight is None else weight.shape[1 if linear.transposed else 0]
-    return linear if offset is not None and offset.dim() == 1 and offset.shape[0] == outputs else None
+    outputs = weight.shape[1 if linear.transposed else 0]
+    return linear if is_vector(bias, outputs) else linear._replace(beside=f"bias {list(value.shape)}")
+
+
+def is_vector(node: fx.Node, size: object) -> bool:
+    """Whether a value is known to be a tensor [size]."""
+    value = meta_tensor(node)
+    return value is not None and value.dim() == 1 and statically_known_true(value.shape[0] == size)
 
 
 def _match_einsum(node: fx.Node) -> Linear | None:
-    equation, *operands = node.args
+    call = _Call(node, ("equation", "tensors"))
+    equation, *operands = node.args or call.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
+    if set(call.rest) - {"arguments", "path"}:
+        return None
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return None
     left, out = equation.replace(" ", "").split("->")

@@ -21,9 +21,10 @@ from int8compile.capture import is_constant, site_path
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
+from int8compile.passes.analysis import Effects, regions, transformed
+from int8compile.passes.analysis.effects import storage_of
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import regions, storage_of, transformed, written_storages
-from int8compile.passes.normalize import LINEAR, resolve_transposes
+from int8compile.passes.normalize import LINEAR, is_vector, resolve_transposes
 from int8compile.passes.slices import rows_of_constant
 from int8compile.report import Reason, Site
 
@@ -84,9 +85,9 @@ class _Facts:
         self.context = context
         self.config = context.config
         self.regions = regions(graph, context.grad_enabled)
-        self.written = written_storages(graph)
+        self.effects = Effects(graph)
         tables = [_table(n) for n in graph.nodes if n.target in _EMBEDDINGS]
-        self.embeddings = {storage_of(t) for t in tables if isinstance(t, fx.Node)}
+        self.embeddings = {self._storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings |= {self._real_storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings.discard(None)
 
@@ -127,14 +128,31 @@ class _Facts:
             rules.shape_refusal(tuple(weight.shape), k)
             or next(filter(None, (rules.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
             or rules.name_refusal(path, shared, self.config)
-            or ((Reason.MUTATED, "") if storage_of(root) in self.written else None)
+            or ((Reason.MUTATED, "") if self.effects.ever_written(root) else None)
+            or self._form_refusal(node, root, n)
             or rules.size_refusal(k, n, self.config)
             or ((Reason.TRAINABLE, "") if trainable else None)
             or (Reason.REWRITTEN, "")
         )
 
+    def _form_refusal(self, node: fx.Node, root: fx.Node, n: int) -> tuple[Reason, str] | None:
+        """Why this call of a linear cannot be one of our operator, whatever its weight is."""
+        x, weight, bias = node.args
+        given = [a for a in (x, weight, root, bias, node) if isinstance(a, fx.Node)]
+        if any(map(self.effects.reshaped, given)):
+            return Reason.RESHAPED, ""
+        if isinstance(bias, fx.Node) and not is_vector(bias, n):
+            value = meta_tensor(bias)
+            return Reason.FORM, f"bias {list(value.shape) if value is not None else '?'}"
+        return None if node.users else (Reason.UNREAD, "")
+
     def _shares_an_embedding(self, weight: fx.Node) -> bool:
-        return storage_of(weight) in self.embeddings or self._real_storage(weight) in self.embeddings
+        return self._storage(weight) in self.embeddings or self._real_storage(weight) in self.embeddings
+
+    @staticmethod
+    def _storage(node: fx.Node) -> int | None:
+        value = meta_tensor(node)
+        return None if value is None else storage_of(value)
 
     def _real_storage(self, node: fx.Node) -> int | None:
         """Two Parameters can share storage without being one graph input."""

@@ -19,9 +19,9 @@ from torch import fx
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.ops import linear, quantize_rowwise, scaled_mm
 from int8compile.ops.linear import residual_from
+from int8compile.passes.analysis import Effects, regions
 from int8compile.passes.calls import LinearCall, ScaledMmCall
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import changes_between, regions
 
 
 def share(graph: fx.Graph, context: PassContext) -> int:
@@ -30,13 +30,13 @@ def share(graph: fx.Graph, context: PassContext) -> int:
 
 def _groups(graph: fx.Graph, context: PassContext) -> list[list[fx.Node]]:
     """Runs of linears that read the same values of the same x, in graph order."""
-    where = regions(graph, context.grad_enabled)
+    where, effects = regions(graph, context.grad_enabled), Effects(graph)
     groups: dict[object, list[list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=linear):
         call, out = LinearCall.of(node), meta_tensor(node)
         key = (call.x, call.threshold, call.policy, None if out is None else out.dtype, where[node])
         runs = groups.setdefault(key, [])
-        if runs and not changes_between(call.x, runs[-1][-1], node):
+        if runs and effects.readable_at(call.x, runs[-1][0], node):
             runs[-1].append(node)
         else:
             runs.append([node])

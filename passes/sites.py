@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import fx
 
-from int8compile.capture import Capture, is_constant, site_path
+from int8compile.capture import Capture, is_constant
 from int8compile.graph_text import meta_tensor
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
+from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import transformed
 from int8compile.passes.expand import FUSED
-from int8compile.passes.normalize import match_linear
+from int8compile.passes.normalize import float_site, match_linear
 from int8compile.passes.quantize import prequantized_site
 from int8compile.report import Reason, Site, WeightUse
 
@@ -31,24 +29,14 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
         elif node.op == "get_attr" and isinstance(
             body := _attribute(context.capture.gm, str(node.target)), fx.GraphModule
         ):
-            sites += [dataclasses.replace(_site(n), reason=Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
+            sites += [float_site(n, Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
         elif match_linear(node):
-            site = _site(node)
-            sites.append(dataclasses.replace(site, reason=Reason.NESTED) if node in inside else site)
+            sites.append(float_site(node, Reason.NESTED if node in inside else Reason.DISABLED))
         elif node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted:
             sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)
     return sites
-
-
-def _site(node: fx.Node) -> Site:
-    linear = match_linear(node)
-    assert linear is not None
-    weight, out = meta_tensor(linear.weight), meta_tensor(node)
-    n, k = (weight.shape[::-1] if linear.transposed else weight.shape) if weight is not None else (0, 0)
-    dtype = "?" if out is None else str(out.dtype).removeprefix("torch.")
-    return Site(site_path(node, linear.weight), int(k), int(n), dtype, Reason.DISABLED)
 
 
 def _fused_sites(node: fx.Node, context: PassContext) -> list[Site]:

@@ -12,8 +12,8 @@ from torch import fx
 
 from int8compile.capture import is_constant
 from int8compile.graph_text import meta_tensor
+from int8compile.passes.analysis.effects import storage_of
 from int8compile.passes.context import PassContext
-from int8compile.passes.effects import storage_of
 
 aten = torch.ops.aten
 
@@ -39,7 +39,9 @@ def rows_of_constant(node: fx.Node) -> Rows | None:
             return None
         root = source
     whole, part = meta_tensor(root), meta_tensor(node)
-    if root is node or whole is None or part is None or storage_of(root) != storage_of(node):
+    if root is node or whole is None or part is None or storage_of(whole) is None:
+        return None
+    if storage_of(whole) != storage_of(part):
         return None
     same = part.dim() == 2 and part.dtype == whole.dtype and part.shape[1:] == whole.shape[1:]
     if not same or not part.is_contiguous() or not whole.is_contiguous() or part.shape[1] == 0:
