@@ -27,7 +27,8 @@ import int8compile
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.formats import FORMATS, entries, mark
 from int8compile.inplace import find_linears
-from int8compile.integrations.transformers import Int8Config, quantization_config, refused_linears
+from int8compile.integrations.saving import quantization_config
+from int8compile.integrations.transformers import Int8Config, refused_linears
 from int8compile.modules import is_conv1d
 from int8compile.report import Reason, Site
 from int8compile.rules import names
@@ -139,7 +140,7 @@ class _Plan:
             raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
         self.dtype = model.config.dtype
         core = config.to_core()
-        found = find_linears(model, core, refused=refused_linears(model, self.dtype))
+        found = find_linears(model, core, refused=refused_linears(model, self.dtype, format))
         if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
             raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
         self.sites = [f.site for f in found]
@@ -170,7 +171,7 @@ class _Plan:
 
     def quantization_config(self) -> dict[str, Any]:
         left = [site.path for site in self.sites if not site.rewritten]
-        made = quantization_config(self.config, left, self.format)
+        made = quantization_config(self.config, list(self._int8), left, self.format)
         return made if isinstance(made, dict) else dict(made.to_dict())
 
     def _module(self, key: str) -> Any:

@@ -73,19 +73,28 @@ def read_packed(found: dict[str, torch.Tensor], prefix: str, shape: Iterable[int
     if scale is None:
         problem = f"is missing beside the int8 {prefix}weight"
         raise CheckpointError(f"{prefix}weight_scale", problem, "it, or bitsandbytes' SCB")
-    if scale.dtype != torch.float32 or tuple(scale.shape) != shape[:1]:
+    known = scale.is_floating_point() if name == "SCB" else scale.dtype == torch.float32
+    if not known or tuple(scale.shape) != shape[:1]:
         problem = f"is {scale.dtype} {list(scale.shape)}"
         raise CheckpointError(f"{prefix}{name}", problem, f"float32 {list(shape[:1])}")
-    return Packed(weight, scale / 127.0 if name == "SCB" else scale)
+    # Who cast a bitsandbytes model before saving it has its SCB in 16 bits.
+    return Packed(weight, scale.float() / 127.0 if name == "SCB" else scale)
 
 
 def absmax_of(scale: torch.Tensor) -> torch.Tensor:
-    """The absmax whose 127th is a scale, to the bit: ``scale * 127`` or one of its neighbours."""
-    absmax = scale * 127.0
-    for direction in (float("inf"), float("-inf")):
-        neighbour = torch.nextafter(scale * 127.0, torch.full_like(scale, direction))
-        absmax = torch.where((absmax / 127.0 != scale) & (neighbour / 127.0 == scale), neighbour, absmax)
-    return absmax
+    """The absmax whose 127th is a scale, to the bit: ``scale * 127`` or one of its neighbours.
+
+    Where two have the same 127th it is the even one: absmaxes of 16-bit weights, which bitsandbytes' all are, end in
+    zeros, and so come back as they were.
+    """
+    product = scale * 127.0
+    best, best_rank = product, torch.zeros_like(product, dtype=torch.int32)
+    for limit in (None, float("inf"), float("-inf")):
+        candidate = product if limit is None else torch.nextafter(product, torch.full_like(scale, limit))
+        even = candidate.view(torch.int32) % 2 == 0
+        rank = (candidate / 127.0 == scale) * torch.where(even, 2, 1)
+        best, best_rank = torch.where(rank > best_rank, candidate, best), torch.maximum(rank, best_rank)
+    return best
 
 
 def mark(weight: torch.Tensor) -> torch.Tensor:

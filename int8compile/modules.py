@@ -108,7 +108,7 @@ class Int8Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
-        return (self.weight.float() * self.weight_scale.unsqueeze(1)).to(dtype or self.float_dtype)
+        return unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype)
 
     @property
     def stored_transposed(self) -> bool:
@@ -120,7 +120,7 @@ class Int8Linear(nn.Module):
         if self.stored_transposed:
             with torch.device("meta"):
                 module = self.float_type(self.out_features, self.in_features)
-            weight = self.dequantize(dtype).t().contiguous()
+            weight = unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype, transposed=True)
         else:
             module = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
             weight = self.dequantize(dtype)
@@ -198,6 +198,12 @@ class Int8MasterLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
+
+
+def unpack(packed: Packed, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
+    """The float weight [N, K] ([K, N] if ``transposed``) that codes stand for; the way back of ``weights.pack``."""
+    weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(dtype)
+    return weight.t().contiguous() if transposed else weight
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -48,14 +48,16 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
     """Entries of an int8 checkpoint, ours or bitsandbytes', as they are; what is float in it stays float.
 
     The checkpoint decides what is int8: where it disagrees with the model that was prepared for it (a bitsandbytes
-    checkpoint has other rules), the module is exchanged.
+    checkpoint has other rules), the module is exchanged. Entries come as the file has them, so that scales are never
+    rounded to the model's dtype; ``dtype``, if any, is what a float weight is cast to.
     """
 
     def __init__(self, config: Int8Config, loaded: set[str]) -> None:
         self.config, self.loaded = config, loaded
+        self.dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
-        return self  # transformers copies operations for every weight
+        return Deserialize(self.config, self.loaded)  # transformers copies operations for every weight
 
     def convert(
         self,
@@ -69,9 +71,12 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         path = full_layer_name.rpartition(".")[0]
         module, weight = model.get_submodule(path), found.get("weight")
         if set(found) == {"weight"} and weight is not None and weight.dtype != torch.int8:
+            dtype = self.dtype
             if isinstance(module, Int8Linear):
+                dtype = module.float_dtype
                 _to_float_skeleton(model, path, module, missing_keys)
-            return {full_layer_name: weight}
+            is_float = weight.is_floating_point() and dtype is not None and dtype.is_floating_point
+            return {full_layer_name: weight.to(dtype) if is_float else weight}
         if isinstance(module, Int8Linear):
             shape = (module.out_features, module.in_features)
         elif is_float_linear(module):

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -32,12 +32,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import int8compile
 from int8compile import config as core
 from int8compile.errors import OptionNameError, OptionValueError
-from int8compile.formats import FORMATS, entries, mark
+from int8compile.formats import FORMATS
 from int8compile.inplace import carry_hooks, dequantize_, find_linears, is_offloaded, report_of, skeleton_
+from int8compile.integrations import bitsandbytes
 from int8compile.integrations.loading import Deserialize, Quantize
-from int8compile.modules import Int8Linear
+from int8compile.integrations.saving import linear_paths, quantization_config, state_dict
+from int8compile.modules import Int8Linear, Int8MasterLinear
 from int8compile.report import Reason, Report
-from int8compile.weights import Packed
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         self.refused: dict[str, tuple[Reason, str]] = {}
         self.dtype: torch.dtype | None = None
         self._saving = "int8compile"
+        self._as_float: set[str] = set()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that the model will have, which transformers says here alone."""
@@ -174,9 +176,12 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     serialized_names = {"weight": ["weight", "weight_scale", "SCB", "weight_format"]}  # noqa: RUF012
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Floats are cast to the model's dtype, where it is one; codes and scales stay what they are."""
+        """Floats are cast to the model's dtype; what may be codes or scales, by ``Deserialize``, which sees which."""
+        ours = [op for op in getattr(converter, "operations", ()) if isinstance(op, Deserialize)]
+        for op in ours:
+            op.dtype = dtype
         is_float = param.get_dtype() in ("F64", "F32", "F16", "BF16") if hasattr(param, "get_dtype") else True
-        return dtype if is_float and dtype is not None and dtype.is_floating_point else None
+        return dtype if is_float and not ours and dtype is not None and dtype.is_floating_point else None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _initialize_missing(model, self.loaded)
@@ -201,7 +206,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return state_dict(model, self._saving), {"int8compile": int8compile.__version__}
+        return state_dict(model, self._saving, self._as_float), {"int8compile": int8compile.__version__}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         # config.dtype, which transformers passes, is a name once the model has been saved.
@@ -213,24 +218,36 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     def saving_as(self, model: Any, format: str) -> Iterator[None]:
         """Within the context ``model.save_pretrained`` writes another format."""
         before = model.config.quantization_config
-        left = [site.path for site in report_of(model, self.config).sites if not site.rewritten]
-        self._saving, model.config.quantization_config = format, quantization_config(before, left, format)
+        int8, left = linear_paths(model)
+        as_float = bitsandbytes.float_linears(model).intersection(int8) if format == "bitsandbytes" else set()
+        int8 = [path for path in int8 if path not in as_float]
+        written = quantization_config(before, int8, [*left, *sorted(as_float)], format)
+        if as_float:
+            names = ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in as_float}))
+            if not int8:
+                raise OptionValueError(
+                    "format", format, f"another one: to bitsandbytes {names} are float, all there are"
+                )
+            log.warning("int8: written in float, which they are to bitsandbytes: %s", names)
+        self._saving, self._as_float, model.config.quantization_config = format, as_float, written
         try:
             yield
         finally:
-            self._saving, model.config.quantization_config = "int8compile", before
+            self._saving, self._as_float, model.config.quantization_config = "int8compile", set(), before
 
 
 def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwargs: Any) -> None:
     """``model.save_pretrained(folder, ...)`` in a format of choice.
 
     Args:
-        format: ``"int8compile"``; ``"bitsandbytes"``, which bitsandbytes reads; ``"compressed-tensors"``, int8 weights
+        format: ``"int8compile"``; ``"bitsandbytes"``, which bitsandbytes reads (a linear that it has no int8 form for,
+            such as T5's ``wo``, is written in float and named in a warning); ``"compressed-tensors"``, int8 weights
             with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers).
         kwargs: those of transformers' ``save_pretrained``.
 
     Raises:
-        OptionValueError: an unknown format, or a model with no int8 linears.
+        OptionValueError: an unknown format, one that cannot hold this model, or a model that was never made int8.
+            Nothing is written.
     """
     if format not in FORMATS:
         raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
@@ -240,6 +257,9 @@ def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwar
     conv1d = any(isinstance(m, Int8Linear) and m.stored_transposed for m in model.modules())
     if format == "compressed-tensors" and conv1d:
         raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
+    if format != "int8compile" and any(isinstance(m, Int8MasterLinear) for m in model.modules()):
+        expected = "'int8compile' for a model whose weights are float (llm_int8_has_fp16_weight)"
+        raise OptionValueError("format", format, expected)
     with quantizer.saving_as(model, format):
         model.save_pretrained(folder, **kwargs)
 
@@ -277,59 +297,23 @@ def _tell_peft() -> None:
             log.info("int8: this peft cannot adapt Int8Linear (%s)", error)
 
 
-def state_dict(model: nn.Module, format: str) -> dict[str, torch.Tensor]:
-    """A model's state dict in one of ``formats.FORMATS``; its tensors are the model's own."""
-    result = model.state_dict()
-    marked = format != "int8compile"
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Int8Linear):
-            continue
-        names = {name: f"{path}.{name}" for name in ("weight", "weight_scale")}
-        packed = Packed(*(result.pop(name) for name in names.values()))
-        if is_offloaded(module):  # mapped from where it is, not read
-            packed = Packed(*(load_offloaded_parameter(model, name) for name in names.values()))
-        for name, tensor in entries(packed, format).items():
-            result[f"{path}.{name}"] = tensor
-        if not marked:
-            result[names["weight"]], marked = mark(packed.weight), True
-    return dict(result)
+def refused_linears(
+    model: Any, dtype: torch.dtype | None, format: str = "int8compile"
+) -> dict[str, tuple[Reason, str]]:
+    """Linears that a transformers model cannot have in int8: tied ones, and those it keeps in float32 at this dtype.
 
-
-def quantization_config(ours: Int8Config, left: list[str], format: str) -> Any:
-    """What a saved ``config.json`` says of a model whose linears ``left`` are float."""
-    if format == "bitsandbytes":
-        # Its own list replaces its defaults, so every linear that is float here is named.
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=ours.llm_int8_threshold, llm_int8_skip_modules=left or None
-        )
-    if format == "compressed-tensors":
-        eight = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
-        group = {
-            "targets": ["Linear"],
-            "weights": {**eight, "strategy": "channel", "dynamic": False},
-            "input_activations": {**eight, "strategy": "token", "dynamic": True},
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "ignore": left,
-            "config_groups": {"group_0": group},
-        }
-    return ours
-
-
-def refused_linears(model: Any, dtype: torch.dtype | None) -> dict[str, tuple[Reason, str]]:
-    """Linears that a transformers model cannot have in int8: tied ones, and those it keeps in float32 at this dtype."""
+    Those that a format cannot hold too, if it is another.
+    """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     keys = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     refused = dict.fromkeys(keys, (Reason.OUTPUT_EMBEDDING, "tied"))
     in_float32 = model._get_dtype_plan(dtype) if dtype is not None else {}
-    for path, _ in model.named_modules():
-        if any(name in path.split(".") for name in in_float32):
+    for path, _ in model.named_modules(remove_duplicate=False):
+        # As transformers looks for what it casts: "mlp.gate.weight" is one of these names.
+        if any(re.search(name.replace("*", ".*"), f"{path}.weight") for name in in_float32):
             refused[path] = (Reason.SKIPPED, "_keep_in_fp32_modules")
-    return refused
+    there = bitsandbytes.float_linears(model) if format == "bitsandbytes" else set()
+    return dict.fromkeys(there, (Reason.SKIPPED, "float to bitsandbytes")) | refused
 
 
 def _initialize_missing(model: Any, loaded: set[str]) -> None:
