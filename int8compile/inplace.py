@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections import Counter, deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,13 +76,15 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
             f"quantize_(model): model is itself a {type(model).__name__}, which nothing holds that could hold another; "
             "use int8compile.Int8Linear.from_float(model)"
         )
-    found = find_linears(model, options)
+    refused = _refused_by_transformers(model, options)
+    found = find_linears(model, options, refused=refused)
     provider = _provider(model, options)
     report = Report([_graph_report(found, provider, options)])
     todo = deque(f for f in found if f.site.reason is Reason.REWRITTEN)
     del found  # `todo` alone must hold the float modules, which _convert lets go one by one
     _convert(model, todo, options)
-    _tell_transformers(model, options)
+    if (integration := _transformers_integration(model)) is not None:
+        integration.attach_(model, options, refused)
     return report
 
 
@@ -281,11 +284,23 @@ def _unwrapped(model: object, function: str) -> nn.Module:
     return model
 
 
-def _tell_transformers(model: nn.Module, config: Int8Config) -> None:
-    """A transformers model has to know that it is int8, or it would be saved as a float one with strange weights."""
+def _transformers_integration(model: nn.Module) -> Any:
+    """Our part for transformers, if this is a model of its: one that has to know that it is int8.
+
+    It would be saved as a float one with strange weights otherwise.
+    """
     transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        importlib.import_module("int8compile.integrations.transformers").attach_(model, config)
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    return importlib.import_module("int8compile.integrations.transformers")
+
+
+def _refused_by_transformers(model: nn.Module, config: Int8Config) -> dict[str, tuple[Reason, str]]:
+    """What from_pretrained leaves in float for transformers' sake; a tied output embedding is taken on request."""
+    integration = _transformers_integration(model)
+    refused = integration.refused_linears(model, model.dtype) if integration is not None else {}
+    tied = Reason.OUTPUT_EMBEDDING
+    return {path: why for path, why in refused.items() if config.skip_output_embeddings or why[0] is not tied}
 
 
 def _provider(model: nn.Module, config: Int8Config) -> str:

@@ -92,8 +92,17 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         assert packed is not None
         if not isinstance(module, Int8Linear):
             model.set_submodule(path, Int8Linear.from_float(module, self.config))
+        untie_(model, path)
         self.loaded.add(path)
         return _tensors(path, packed)
+
+
+def untie_(model: Any, path: str) -> None:
+    """An int8 weight is tied to no float one any more, whatever the model's configuration says."""
+    tied, name = getattr(model, "all_tied_weights_keys", {}), f"{path}.weight"
+    for target, source in list(tied.items()):
+        if name in (target, source):
+            del tied[target]
 
 
 def _tensors(path: str, packed: Packed) -> Entries:

@@ -35,7 +35,7 @@ from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.formats import FORMATS
 from int8compile.inplace import carry_hooks, dequantize_, find_linears, is_offloaded, report_of, skeleton_
 from int8compile.integrations import bitsandbytes
-from int8compile.integrations.loading import Deserialize, Quantize
+from int8compile.integrations.loading import Deserialize, Quantize, untie_
 from int8compile.integrations.saving import linear_paths, quantization_config, state_dict
 from int8compile.modules import Int8Linear, Int8MasterLinear
 from int8compile.report import Reason, Report
@@ -283,9 +283,18 @@ class _InPlaceOfBitsAndBytes(Int8Quantizer):
         return device_map
 
 
-def attach_(model: Any, config: core.Int8Config) -> None:
-    """Tell a transformers model that ``quantize_`` has made it int8, so that it can be saved and trained as such."""
-    Int8Quantizer(Int8Config.from_core(dataclasses.replace(config, inductor={}, mode=None))).attach_(model)
+def attach_(model: Any, config: core.Int8Config, refused: dict[str, tuple[Reason, str]]) -> None:
+    """Tell a transformers model that ``quantize_`` has made it int8, so that it can be saved and trained as such.
+
+    Args:
+        refused: of ``refused_linears``, those that were heeded.
+    """
+    quantizer = Int8Quantizer(Int8Config.from_core(dataclasses.replace(config, inductor={}, mode=None)))
+    quantizer.refused = refused
+    quantizer.attach_(model)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8Linear):
+            untie_(model, path)
 
 
 def _tell_peft() -> None:
