@@ -31,7 +31,7 @@ def state_dict(model: nn.Module, format: str, as_float: Collection[str] = ()) ->
         as_float: paths of linears whose codes are written as the floats that they stand for.
     """
     result = model.state_dict()
-    marked = format != "int8compile"
+    marked, written = format != "int8compile", set()
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Int8Linear):
             continue
@@ -42,6 +42,9 @@ def state_dict(model: nn.Module, format: str, as_float: Collection[str] = ()) ->
         if path in as_float:
             result[names["weight"]] = unpack(packed, module.float_dtype, module.stored_transposed)
             continue
+        if (place := packed.weight.data_ptr()) in written:  # transformers would leave out what two linears share
+            packed = Packed(*(tensor.clone() for tensor in packed))
+        written.add(place)
         for name, tensor in entries(packed, format).items():
             result[f"{path}.{name}"] = tensor
         if not marked:
