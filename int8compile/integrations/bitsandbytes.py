@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from int8compile.errors import OptionValueError
@@ -23,7 +24,16 @@ from int8compile.modules import Int8Linear
 
 
 def float_linears(model: Any) -> set[str]:
-    """Paths of linears that bitsandbytes builds in float, whatever its list of modules to skip."""
+    """Paths of linears that bitsandbytes builds in float, whatever its list of modules to skip.
+
+    Raises:
+        OptionValueError: it builds another model than this one, and so cannot read any checkpoint of it.
+    """
+    rebuilt = {type(module).__name__ for module in model.modules()}.intersection(MODULES_TO_PATCH_FOR_QUANTIZATION)
+    for name in sorted(rebuilt):
+        if "bitsandbytes" in MODULES_TO_PATCH_FOR_QUANTIZATION[name]["quantization_methods"]:
+            expected = f"another one: loading for bitsandbytes, transformers puts other modules in place of {name}"
+            raise OptionValueError("format", "bitsandbytes", expected)
     always = list(getattr(model, "_keep_in_fp32_modules", None) or [])
     replaced = {
         path

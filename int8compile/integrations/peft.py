@@ -5,8 +5,9 @@
     model = get_peft_model(model, LoraConfig(...))
 
 Importing this file teaches PEFT about ``Int8Linear``: ``get_peft_model`` and ``PeftModel.from_pretrained`` adapt it
-like any linear, ``target_modules="all-linear"`` finds it, and merging goes by way of the float weight. Where PEFT has
-been imported before, loading an int8 transformers model imports it.
+like any linear, ``target_modules="all-linear"`` finds it, and merging goes by way of the float weight. What is named in
+``modules_to_save`` trains as a float copy. Where PEFT has been imported before, loading an int8 transformers model
+imports this file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from int8compile.inplace import carry_hooks, dequantize_
 from int8compile.modules import Int8Linear
 from int8compile.weights import Packed, pack
 
@@ -107,8 +110,27 @@ def _include_int8_linears(config: Any, model: nn.Module) -> Any:
     return config
 
 
-# Both names are looked up where PEFT defines them each time it builds a model.
+def _copy_in_float(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """``ModulesToSaveWrapper.update``: the copy that it makes is to train, and codes take no gradient."""
+    known = adapter_name in self.modules_to_save
+    _copy(self, adapter_name, *args, **kwargs)
+    if known:
+        return
+    copied = self.modules_to_save[adapter_name]
+    if isinstance(copied, Int8Linear):
+        self.modules_to_save[adapter_name] = copied.to_float()
+        carry_hooks(copied, self.modules_to_save[adapter_name])
+    elif not any(isinstance(module, Int8Linear) for module in copied.modules()):
+        return
+    else:
+        dequantize_(copied)
+    self.modules_to_save[adapter_name].requires_grad_(adapter_name == self.active_adapter)
+
+
+# These names are looked up where PEFT defines them each time it builds a model.
 _dispatch_default = lora_model.dispatch_default
 _include_linears = tuners_utils._maybe_include_all_linear_layers
+_copy = ModulesToSaveWrapper.update
 lora_model.dispatch_default = _dispatch
 tuners_utils._maybe_include_all_linear_layers = _include_int8_linears
+ModulesToSaveWrapper.update = _copy_in_float
