@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 
 import pytest
 import torch
@@ -176,6 +177,16 @@ def test_we_read_what_bitsandbytes_writes(tmp_path, saved):
     assert (out - want).norm() < 0.02 * want.norm()
 
 
+@pytest.fixture
+def log_levels():
+    """Benchmarks quieten the libraries that they time, for the whole process."""
+    levels = {name: logging.getLogger(name).level for name in ("torch", "torchao", "bitsandbytes")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("log_levels")
 @pytest.mark.parametrize("name", ["Llama", "GPT-2"])
 def test_their_cast_and_a_constant_are_all_that_is_between_us(tmp_path, name):
     pytest.importorskip("bitsandbytes")

@@ -271,3 +271,20 @@ def test_sequence_models_train_save_and_merge(tmp_path, name):
     assert (got - want).norm() < 0.1 * want.norm()
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(family.from_pretrained(tmp_path / "merged"), inputs), got)
+
+
+def test_modules_to_save_train_as_float_copies():
+    """What is int8, or has int8 linears in it, when it is named: codes would stay, without a word, as they are."""
+    transformers = pytest.importorskip("transformers")
+    config = ENTRIES["RoBERTa"].make()[0].config
+    model = transformers.RobertaForSequenceClassification(config).requires_grad_(False)
+    quantize_(model, {"min_features": 0})
+    names = ["classifier", "layer.1.output.dense"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=names, task_type="SEQ_CLS"))
+    saved = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(saved) == 6
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in saved.values())
+    assert not any("modules_to_save" in name and isinstance(m, Int8Linear) for name, m in model.named_modules())
+    model.train()(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in saved.values())
+    assert isinstance(model.base_model.model.classifier.original_module.dense, Int8Linear)
