@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from model_zoo import ZOO, output, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -167,6 +167,23 @@ def test_a_16_bit_checkpoint_of_small_linears_loads_to_the_bit(tmp_path, dtype):
     assert torch.equal(result(again, inputs), result(model, inputs))
     for path in int8_paths(model):
         assert torch.equal(again.get_submodule(path).weight_scale, model.get_submodule(path).weight_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_scb_of_any_float_dtype_is_taken_and_of_no_other(tmp_path, dtype):
+    model, inputs = int8_model()
+    save_pretrained(model, tmp_path / "bnb", format="bitsandbytes")
+    file = tmp_path / "bnb" / "model.safetensors"
+    entries = {key: t.to(dtype) if key.endswith(".SCB") else t for key, t in load_file(file).items()}
+    save_file(entries, file, metadata={"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "bnb")
+    for path in int8_paths(model):
+        assert torch.equal(again.get_submodule(path).weight_scale, entries[f"{path}.SCB"].float() / 127)
+    assert (result(again, inputs) - result(model, inputs)).norm() < 0.02 * result(model, inputs).norm()
+    codes = {key: t.char() if key.endswith(".SCB") else t for key, t in entries.items()}
+    save_file(codes, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="CONVERSION"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "bnb")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -268,7 +268,10 @@ def take_over_bitsandbytes(enabled: bool = True) -> None:
     """Route ``BitsAndBytesConfig(load_in_8bit=True)`` and bitsandbytes' int8 checkpoints to this package.
 
     For the whole process, whether bitsandbytes is installed or not. Checkpoints are read as they are: no copy, no
-    requantisation. As with bitsandbytes, a model goes to the current GPU if no ``device_map`` says otherwise.
+    requantisation, and what is int8 in the file is int8 here. Where a float checkpoint is quantised while it is loaded,
+    the rules are those of ``int8compile.Int8Config``: ``llm_int8_skip_modules`` adds to the defaults, and a name in it
+    stands for no module that merely ends with it. As with bitsandbytes, a model goes to the current GPU if no
+    ``device_map`` says otherwise.
 
     Args:
         enabled: False gives them back.
