@@ -115,13 +115,18 @@ class Report:
     recompiles: int = 0
 
     def add(self, graph: GraphReport) -> None:
-        """Take in a graph; one of a frame that is here already is a recompile and takes the older one's place."""
-        for i, old in enumerate(self.graphs):
-            if old.frame == graph.frame:
-                self.graphs[i] = graph
-                self.recompiles += 1
-                return
-        self.graphs.append(graph)
+        """Take in a graph. It takes the place of those of an earlier compile of its frame, which it is a recompile of.
+
+        Several graphs of one compile are parts of it, as ``DistributedDataParallel`` has them split.
+        """
+        earlier = [old for old in self.graphs if old.frame == graph.frame and old.compile_id != graph.compile_id]
+        if not earlier:
+            self.graphs.append(graph)
+            return
+        others = [old for old in self.graphs if all(old is not gone for gone in earlier)]
+        at = next(i for i, old in enumerate(self.graphs) if old is earlier[0])
+        self.graphs = [*others[:at], graph, *others[at:]]
+        self.recompiles += 1
 
     @property
     def sites(self) -> list[Site]:

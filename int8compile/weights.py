@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from int8compile import native
 from int8compile.ops import quantize_weight
+from int8compile.torch_internals.operators import is_fake
 
 _expired = torch.UntypedStorage._expired
 
@@ -306,11 +307,14 @@ class Slots:
         return self._resolve(args, weights)
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        members = [[Member(args[at], transposed) for at, transposed in slot.members] for slot in self._slots]
+        if is_fake(weights[0]):
+            # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
+            with weights[0].fake_mode:
+                return [tensor for group in members for tensor in _empty(group)]
         stamps = _stamps(weights)  # first: a change from here on is then seen
-        entries = []
-        for slot in self._slots:
-            members = [Member(args[position], transposed) for position, transposed in slot.members]
-            entries.append(self._store.entry(members, slot.release))
+        slots = zip(members, self._slots, strict=True)
+        entries = [self._store.entry(group, slot.release) for group, slot in slots]
         self._last = stamps, [weakref.ref(entry) for entry in entries]
         return [tensor for entry in entries for tensor in entry.packed]
 
