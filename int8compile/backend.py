@@ -5,6 +5,7 @@ model = torch.compile(model, backend="int8")
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +16,11 @@ from torch import fx
 from int8compile import inductor, native, session
 from int8compile.capture import Capture, capture
 from int8compile.config import Int8Config, disabled
-from int8compile.graph_text import dump
+from int8compile.graph_text import dump, meta_tensor
 from int8compile.lifetime import watch_optimizers
 from int8compile.native import Provider
 from int8compile.passes import PIPELINE, PassContext, run
+from int8compile.passes.analysis import Effects
 from int8compile.passes.sites import complete_sites, weight_uses
 from int8compile.report import GraphReport, Reason, Report
 from int8compile.rules import names
@@ -67,7 +69,7 @@ def compile_rewritten(
     inductor.trace_artifact("int8compile_graph", lambda: dump(captured.graph))
     inductor.trace_artifact("int8compile_report", Report([report]).to_json)
     compiled = compiler(captured.gm, _compile_inputs(captured), config, provider)
-    return _runner(captured, compiled, release)
+    return _runner(captured, compiled, release, gm)
 
 
 def rewrite(
@@ -105,7 +107,10 @@ def _compile_inputs(captured: Capture) -> list[Any]:
 
 
 def _runner(
-    captured: Capture, compiled: Callable[..., Any], release: Callable[[torch.Tensor], None] | None
+    captured: Capture,
+    compiled: Callable[..., Any],
+    release: Callable[[torch.Tensor], None] | None,
+    original: fx.GraphModule,
 ) -> Callable[..., Any]:
     """The function Dynamo calls: resolves each int8 weight through the store, then runs the compiled graph."""
     if not captured.lifted:
@@ -117,12 +122,37 @@ def _runner(
         may_release = not any(position in kept for position, _ in members)
         slots.append(Slot(tuple(members), release if may_release else None))
     watch_optimizers()
-    fetch = Slots(STORE, slots).fetch
+    written = _written_inputs(captured)
+    fetch = Slots(STORE, slots, written).fetch
+    in_float = original.forward if written else None
 
     def call(*args: Any) -> Any:
-        return compiled(*[args[i] for i in kept], *fetch(args))
+        lifted = fetch(args)
+        if lifted is None and in_float is not None:
+            _warn_of_overlap()
+            return in_float(*args)
+        return compiled(*[args[i] for i in kept], *lifted)  # type: ignore[misc]
 
     return call
+
+
+def _written_inputs(captured: Capture) -> list[int]:
+    """Positions of the inputs that the graph may write to.
+
+    When it was captured they lay in no int8 weight's memory, which the passes saw to. At another call they may: Dynamo
+    compiles anew for inputs that come to overlap only where the compiled code reads both, and it reads no weight.
+    """
+    effects = Effects(captured.graph)
+    tensors = [node for node in captured.kept if meta_tensor(node) is not None]
+    return [captured.position[node] for node in tensors if effects.ever_written(node)]
+
+
+@functools.cache
+def _warn_of_overlap() -> None:
+    log.warning(
+        "int8: a compiled graph was given a tensor to write to that shares memory with one of its weights; calls like "
+        "this run in float"
+    )
 
 
 def announce(report: GraphReport) -> None:

@@ -284,38 +284,51 @@ class Slots:
 
     As long as no weight has changed, which one check tells for all of them, they are what they were at the last call.
     That is only a shortcut past the store, and a weak one, so that no int8 form outlives its weight for its sake.
+
+    Args:
+        written: positions of the arguments that the graph writes to.
     """
 
-    def __init__(self, store: WeightStore, slots: Sequence[Slot]) -> None:
-        self._store, self._slots = store, slots
+    def __init__(self, store: WeightStore, slots: Sequence[Slot], written: Sequence[int] = ()) -> None:
+        self._store, self._slots, self._written = store, slots, written
         self._positions = sorted({position for slot in slots for position, _ in slot.members})
-        self._last: tuple[_Stamps, list[weakref.ref[_Entry]]] | None = None
+        self._last: tuple[_Stamps, list[weakref.ref[_Entry]], set[int]] | None = None
 
-    def fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Int8 weight and scale of each slot, for the arguments as they are now."""
+    def fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Int8 weight and scale of each slot, for the arguments as they are now.
+
+        None if an argument that the graph writes to lies in a weight's memory: that weight changes in mid-call.
+        """
         weights = [args[position] for position in self._positions]
         last = self._last  # read once: another thread may put a new one
-        if last is not None and last[0].match(weights):
-            inputs: list[torch.Tensor] = []
-            for entry_of in last[1]:
-                entry = entry_of()
-                if entry is None:
-                    break
-                inputs += entry.packed
-            else:
-                return inputs
-        return self._resolve(args, weights)
+        if last is None or not last[0].match(weights):
+            return self._resolve(args, weights)
+        if self._written and self._overlap(args, last[2]):
+            return None
+        inputs: list[torch.Tensor] = []
+        for entry_of in last[1]:
+            entry = entry_of()
+            if entry is None:
+                return self._resolve(args, weights)
+            inputs += entry.packed
+        return inputs
 
-    def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _overlap(self, args: Sequence[torch.Tensor], storages: set[int]) -> bool:
+        return any(args[position].untyped_storage()._cdata in storages for position in self._written)
+
+    def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
         members = [[Member(args[at], transposed) for at, transposed in slot.members] for slot in self._slots]
         if is_fake(weights[0]):
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with weights[0].fake_mode:
                 return [tensor for group in members for tensor in _empty(group)]
+        storages = {weight.untyped_storage()._cdata for weight in weights}
+        if self._overlap(args, storages):
+            return None
         stamps = _stamps(weights)  # first: a change from here on is then seen
         slots = zip(members, self._slots, strict=True)
         entries = [self._store.entry(group, slot.release) for group, slot in slots]
-        self._last = stamps, [weakref.ref(entry) for entry in entries]
+        self._last = stamps, [weakref.ref(entry) for entry in entries], storages
         return [tensor for entry in entries for tensor in entry.packed]
 
 

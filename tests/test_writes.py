@@ -222,3 +222,26 @@ def test_without_a_write_all_is_rewritten(place):
     assert report.rewritten == len(report.sites)
     if "head" in place:
         assert report.graphs[0].pass_counts["group"] == 1
+
+
+@pytest.mark.parametrize("view", [lambda w: w.view(-1)[:K], lambda w: w[2], lambda w: w.detach()[4]])
+def test_an_input_that_comes_to_lie_in_a_weight_at_a_later_call(view, caplog):
+    """Not when the graph was captured, so no pass saw it, and no guard does."""
+
+    def function(m, x, cache):
+        cache.mul_(-3)
+        return F.linear(x, m.w1)
+
+    block = Block(function, None)
+    call = compile_eager(block)
+    with torch.no_grad():
+        for _ in range(2):
+            assert distance(call(INPUT, torch.ones(K)), F.linear(INPUT, block.w1)) < 0.03
+        assert last_report().summary() == "1 of 1 linears"
+        for _ in range(2):
+            expected = block.w1.clone()
+            view(expected).mul_(-3)
+            assert torch.equal(call(INPUT, view(block.w1)), F.linear(INPUT, expected))
+            assert torch.equal(block.w1, expected)
+        assert distance(call(INPUT, torch.ones(K)), F.linear(INPUT, block.w1)) < 0.03
+    assert len(call.graphs) <= 2
