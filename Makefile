@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
-.PHONY: install demo test test-all test-cuda lint bench clean help
+.PHONY: install demo test test-all fuzz test-cuda lint bench clean help
 install: $(INSTALLED)	## make .venv, or bring it up to date
 
 demo: $(INSTALLED)	## float and int8 side by side on a language model
@@ -31,6 +31,11 @@ test: $(INSTALLED)	## the fast tests
 
 test-all: $(INSTALLED)	## all tests
 	$(PYTEST)
+
+SECONDS ?= 600
+SEED ?= 0
+fuzz: $(INSTALLED)	## random programs in float and in int8, for SECONDS=600 from SEED=0
+	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 test-cuda: $(INSTALLED)	## the CUDA kernels compiled for every architecture (needs nvcc, no GPU)
 	$(PYTEST) -m slow tests/test_cuda_build.py

@@ -66,8 +66,9 @@ def run_on_fakes(
 ) -> bool:
     """Run a call on stand-ins of its fake arguments; whether it came to its end.
 
-    Not run is what would do more than call operators: functions of other libraries and of the user's. The stand-ins
-    share the fakes' storages and nothing else, so that no change of shape reaches a fake.
+    Not run is what would do more than call operators: functions of other libraries and of the user's. Nor is what
+    changes shapes in place, which ends the process where a fake has symbolic sizes (torch 2.13). The stand-ins share
+    the fakes' storages and nothing else.
 
     Args:
         tell: called with each operator and its arguments, before it is run.
@@ -128,4 +129,6 @@ class _Listener(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._tell(func, args, kwargs or {})
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError("not run")
         return func(*args, **(kwargs or {}))

@@ -74,6 +74,7 @@ class Effects:
         self._own: dict[fx.Node, Memory | None] = {}
         self._writers: list[tuple[int, Memory]] = []
         self._reshaped: set[int | fx.Node] = set()
+        self._note_reshaped(n for node in graph.nodes if _reshapes(node) for n in node.all_input_nodes[:1])
         for node in graph.nodes:
             self._own[node] = _own_storages(node)
             self._memory[node] = self._memory_of(node)
@@ -155,7 +156,8 @@ class Effects:
                 written.extend(targets)
                 self._note_reshaped(targets if reshapes else ())
 
-        if not run_on_fakes(node, meta_value, look):
+        # (A fake whose shape has changed since does not fit what was called with it before.)
+        if any(map(self.reshaped, given)) or not run_on_fakes(node, meta_value, look):
             self._note_reshaped(given)
             return self._all(given)
         return self._all(written)
@@ -167,6 +169,11 @@ class Effects:
         for node in nodes:
             self._reshaped.add(node)
             self._reshaped.update(id(leaf) for leaf in pytree.tree_leaves(meta_value(node)))
+
+
+def _reshapes(node: fx.Node) -> bool:
+    """Whether a call may be of an operator that changes the shape of its first argument."""
+    return node.op in _CALLS and any(torch.Tag.inplace_view in o.tags for o in overloads_of(node.target))
 
 
 def _overlap(a: Memory, b: Memory) -> bool:
@@ -227,17 +234,14 @@ def schema_aliases(overload: torch._ops.OpOverload) -> bool:
 def _arguments_written(node: fx.Node) -> list[tuple[object, bool]] | None:
     """The arguments that a call writes to, by schemas, and whether their shape may change; None if none tells."""
     overloads: Iterable[torch._ops.OpOverload] = overloads_of(node.target)  # type: ignore[arg-type]
-    if not isinstance(node.target, torch._ops.OpOverload):
-        overloads = [o for o in overloads if _may_be_called(o._schema, node.kwargs)]
-    if not overloads:
-        return None
-    written: list[tuple[object, bool]] = []
-    for overload in overloads:
-        found = _written_arguments(overload, node.args, node.kwargs)
-        if found is None:
-            return None
-        written += found
-    return written
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _written_arguments(node.target, node.args, node.kwargs)
+    overloads = [o for o in overloads if _may_be_called(o._schema, node.kwargs)]
+    if overloads and all(_is_pure(o._schema) for o in overloads):
+        return []
+    found = [_written_arguments(overload, node.args, node.kwargs) for overload in overloads]
+    taken = [arguments for arguments in found if arguments is not None]  # (the others do not take these arguments)
+    return [argument for arguments in taken for argument in arguments] if taken else None
 
 
 def _may_be_called(schema: Any, kwargs: Any) -> bool:
@@ -248,18 +252,27 @@ def _may_be_called(schema: Any, kwargs: Any) -> bool:
 
 
 def _written_arguments(overload: torch._ops.OpOverload, args: Any, kwargs: Any) -> list[tuple[object, bool]] | None:
-    """The same for one overload."""
+    """The same for one overload; None if it does not take these arguments, or its schema is not to be believed."""
     schema = overload._schema
-    names = [a.name for a in schema.arguments if _is_written(a)]
-    if not names:
-        unmarked = schema.name.endswith("_") and not schema.name.endswith("__")
-        return None if unmarked else []
-    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+    if _is_pure(schema):
+        return []
+    positional = [a for a in schema.arguments if not a.kwarg_only]
+    if len(args) > len(positional) and str(positional[-1].type) in ("List[int]", "List[SymInt]"):
+        args = (*args[: len(positional) - 1], args[len(positional) - 1 :])  # x.resize_(2, 3)
     if len(args) > len(positional) or not set(kwargs) <= {a.name for a in schema.arguments}:
         return None
-    given = dict(zip(positional, args, strict=False)) | dict(kwargs)
+    given = dict(zip((a.name for a in positional), args, strict=False)) | dict(kwargs)
+    if any(a.name not in given and not a.has_default_value() for a in schema.arguments):
+        return None
+    names = [a.name for a in schema.arguments if _is_written(a)]
     reshapes = torch.Tag.inplace_view in overload.tags
-    return [(given[name], reshapes) for name in names if name in given]
+    return [(given[name], reshapes) for name in names if name in given] if names else None
+
+
+def _is_pure(schema: Any) -> bool:
+    """Whether an operator writes to nothing. A name like ``resize_`` whose schema marks nothing is not believed."""
+    unmarked = schema.name.endswith("_") and not schema.name.endswith("__")
+    return not unmarked and not any(map(_is_written, schema.arguments))
 
 
 def _is_written(argument: Any) -> bool:
