@@ -4,5 +4,6 @@
 ``check``     runs one and says what is wrong with it
 ``shrink``    takes lines out of a wrong one as long as it stays wrong
 
-``python -m fuzz --seconds 600`` (``make fuzz SECONDS=600``) goes on until then; ``tests/test_fuzz.py`` runs a few hundred.
+``python -m fuzz --seconds 600`` (``make fuzz SECONDS=600``) goes on until then; ``tests/test_fuzz.py`` runs a few
+hundred.
 """

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from compiling import compile_eager
-from fuzz.programs import Program, namespace
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import int8compile
+from fuzz.programs import Program, namespace
 
 #: a difference of more than so many times the noise is no rounding
 NOISE_FACTOR = 8
@@ -39,11 +39,12 @@ class Verdict:
     compared: int = 0
 
 
+_PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.addmm, torch.einsum, torch._C._nn.linear}
+_METHODS = {"matmul", "mm", "addmm", "__matmul__", "linear", "einsum"}
+
+
 class Rounded(TorchFunctionMode):
     """Products read their operands rounded to 8 bits, with one scale a row."""
-
-    PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.addmm, torch.einsum, torch._C._nn.linear}
-    METHODS = {"matmul", "mm", "addmm", "__matmul__", "linear", "einsum"}
 
     def __init__(self, stretch: float) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Rounded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.PRODUCTS or getattr(func, "__name__", "").split(".")[0] in self.METHODS:
+        if func in _PRODUCTS or getattr(func, "__name__", "").split(".")[0] in _METHODS:
             args = torch.utils._pytree.tree_map_only(torch.Tensor, self.rounded, args)
             kwargs = {
                 k: self.rounded(v) if isinstance(v, torch.Tensor) and k != "out" else v for k, v in kwargs.items()

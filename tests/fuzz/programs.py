@@ -248,7 +248,7 @@ def program(seed: int) -> Program:
 def _filled(template: str, target: str, values: list[str], choose: random.Random) -> str:
     weight = choose.choice(["self.w0", "self.w1", "self.w2", "self.l0.weight", "self.w0.t()"])
     bias, buffer = choose.choice(["self.b0", "self.b1", "self.l0.bias"]), f"self.c{choose.randrange(3)}"
-    value = choose.choice(values[-4:] + ["x"])
+    value = choose.choice([*values[-4:], "x"])
     places = [value, *values[-3:], weight, bias, buffer, f"{weight}[2:5]", f"{value}.view(-1)"]
     heads = ["h", "k", "u", "k[:, 1:]", "u.view(-1)"]
 
