@@ -1,15 +1,19 @@
-"""``save`` and ``load``: an exported program as one file, read without unpickling anything.
+"""``save`` and ``load``: an exported program as one file, read without unpickling or running anything in it.
 
 The file is PyTorch's own ``.pt2`` archive (a zip: the graph as JSON, each tensor as raw bytes), with one record more,
 ``extra/int8compile.json``:
 
     format_version    of this layout; ``load`` takes its own and older ones
     int8compile, torch    the versions that wrote it
+    records    each other record's size and checksum, since version 2: none is missing, new or from another file
     config, report    what ``export`` was told and what it did, as far as the program comes from there
     example_inputs    shapes and dtypes, from which ``load`` makes zeros (``package`` needs example inputs)
 
-``torch.export.load`` unpickles whatever such an archive holds as a pickle. So ``load`` first looks at each record, by
-the reader that torch will use, and takes only those that torch does not unpickle. ``save`` writes no other.
+``torch.export.load`` trusts a file: it unpickles what an archive holds as a pickle, looks up and runs what its JSON
+names, and gives a tensor the size that its JSON says. So ``load`` looks at all of a file first: that every reader sees
+the same records in it (``records``), that each is one that torch does not unpickle, that the JSON is such as ``save``
+writes (``model_json``), and that each tensor's bytes are those of its dtype and sizes (``tensor_records``). ``save``
+looks at what it has written in the same way, so what it has written loads.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import zipfile
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,36 +32,43 @@ from torch.utils import _pytree as pytree
 
 import int8compile
 import int8compile.ops  # registers the operators that programs call
-from int8compile import native
+from int8compile import native, tensor_records
 from int8compile.capture import copied_graph
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, ProgramFileError
+from int8compile.example_inputs import described, zeros
+from int8compile.model_json import check_model, check_payload, parse
+from int8compile.records import Records
 from int8compile.whole_files import written_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
+_KIND = "a file of int8compile.save"
 _OURS = "extra/int8compile.json"
+_MODEL = "models/model.json"
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
-_CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+_CONFIGS = {"data/weights/": "model_weights_config.json", "data/constants/": "model_constants_config.json"}
+_TENSORS = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+")
 _KNOWN = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
-    r"data/weights/weight_\d+|data/constants/tensor_\d+|" + "|".join(map(re.escape, (_OURS, _SAMPLE_INPUTS, *_CONFIGS)))
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
+    + "|".join(map(re.escape, (_OURS, _MODEL, _SAMPLE_INPUTS, *(a + b for a, b in _CONFIGS.items()))))
 )
-_DTYPE_NAMES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_FIELDS = {"format_version", "int8compile", "torch", "records", "config", "report", "example_inputs"}
 
 
 def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Write an exported program to a file ``NAME.pt2``, whole or not at all.
 
-    Weights tied to one another are written once. Example inputs are left out but for their shapes, and so are stack
-    traces, which name files of this machine.
+    Weights tied to one another are written once, and of a memory that several share what they have of it. Example
+    inputs are left out but for their shapes, and so are stack traces, which name files of this machine.
 
     Args:
         program: of ``int8compile.export``, or any other whose tensors are plain ones.
 
     Raises:
         ExportError: not an ExportedProgram, a path that does not end in ``.pt2``, or a program that holds a tensor
-            subclass or an object, which only a pickle could carry, or takes inputs in a class that cannot be named.
+            subclass or an object, which only a pickle could carry, takes inputs in a class that cannot be named, or
+            calls what ``load`` would not read.
         OSError: the file cannot be written; one that was there is as it was.
     """
     if not isinstance(program, torch.export.ExportedProgram):
@@ -62,114 +76,153 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
     for name, value in {**program.state_dict, **program.constants}.items():
         if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise ExportError(f"save(program, path): {name} is {type(value).__name__}; only plain tensors can be saved")
+        if value.layout is not torch.strided or value.is_meta:
+            kind = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise ExportError(f"save(program, path): {name} is {kind}; only dense tensors with values can be saved")
     about = {
         "format_version": FORMAT_VERSION,
         "int8compile": int8compile.__version__,
         "torch": torch.__version__,
         **program.graph_module.meta.get("int8compile", {}),
-        "example_inputs": _describe(program),
+        "example_inputs": described(program),
     }
     with written_whole("save(program, path)", path) as whole:
-        extra = {_OURS.removeprefix("extra/"): json.dumps(about, default=str)}
         try:
-            torch.export.save(_bare(program), str(whole), extra_files=extra)
+            torch.export.save(_bare(program), str(whole))
         except NotImplementedError as error:
             raise ExportError(
                 "save(program, path): program takes or returns a class without a name for files; export the model with "
                 f"tuples and dicts instead, or register one for it: {error}"
             ) from error
+        try:
+            _describe_records(whole, about)
+        except ProgramFileError as error:
+            raise ExportError(f"save(program, path): load could not read the program back: {error}") from error
 
 
-def load(path: str | os.PathLike[str], kernels: str = "auto") -> torch.export.ExportedProgram:
-    """Read a program that ``save`` wrote. Nothing in the file is unpickled.
+def load(
+    path: str | os.PathLike[str], kernels: str = "auto", *, operators: Collection[str] = ()
+) -> torch.export.ExportedProgram:
+    """Read a program that ``save`` wrote. Nothing in the file is unpickled or run, and all of it is checked.
+
+    What the program computes when it is called is not: it may take any time and memory, but calls nothing that reads
+    files or runs commands, as far as PyTorch's operators do not.
 
     Args:
         kernels: who computes the operators in this process, as in ``Int8Config``.
+        operators: of which libraries beside PyTorch and int8compile the program may call operators, by their namespaces
+            (``["torchvision"]``). Import the library first, and name it only if you trust the file with what it can do.
 
     Raises:
-        ProgramFileError: the file was not written by ``save``, is damaged, is of a newer format, holds a record that
-            would have to be unpickled, or refers to classes or operators that are unknown here.
+        ProgramFileError: the file was not written by ``save``, is damaged, is of a newer format, holds something that
+            would have to be unpickled or run, or refers to classes or operators that are unknown here.
         FileNotFoundError: there is no such file.
         KernelBuildError: ``kernels="native"``, and there are none.
     """
     kernels = Int8Config(kernels=kernels).kernels
     name = os.fspath(path)
+    if os.path.isdir(name):
+        raise ProgramFileError(f"{name} is a folder; expected {_KIND}")
     if not os.path.exists(name):
         raise FileNotFoundError(f"load(path): there is no file {name!r}")
-    about = _check(name)
-    _check_bytes(name)
-    try:
-        program: torch.export.ExportedProgram = torch.export.load(name)
-    except Exception as error:
-        raise ProgramFileError(
-            f"{name}, written by int8compile {about.get('int8compile')} with torch {about.get('torch')}, cannot be "
-            f"read with torch {torch.__version__}: {error}\nIf this names a class or an operator, import the library "
-            "that it belongs to first."
-        ) from error
+    with open(name, "rb") as file:  # once: what is checked is what is read
+        records = Records(file, name, _KIND)
+        about = _about(records)
+        _check(records, operators)
+        records.check_bytes()
+        file.seek(0)
+        try:
+            program: torch.export.ExportedProgram = torch.export.load(file)
+            program.example_inputs = zeros(about.get("example_inputs"), program)
+        except Exception as error:
+            raise ProgramFileError(
+                f"{name}, written by int8compile {about['int8compile']} with torch {about['torch']}, cannot be read "
+                f"with torch {torch.__version__}: {error}\nIf this names a class or an operator, import the library "
+                "that it belongs to first."
+            ) from error
     native.choose_provider(kernels, list(program.state_dict.values()))
-    program.example_inputs = _zeros(about.get("example_inputs"), program)
     program.graph_module.meta["int8compile"] = {key: about[key] for key in ("config", "report") if key in about}
     return program
 
 
-def _check(name: str) -> dict[str, Any]:
-    """What the file says about itself, if nothing speaks against reading it."""
-    try:
-        reader = torch._C.PyTorchFileReader(name)
-        records = list(reader.get_all_records())
-    except RuntimeError as error:
-        raise ProgramFileError(
-            f"{name} is truncated, or not a file of int8compile.save at all ({_first(error)})"
-        ) from error
+def _about(records: Records) -> dict[str, Any]:
+    """What the file says about itself and of its records, if that is so."""
+    name = records.path
     if _OURS not in records:
-        raise ProgramFileError(f"{name} was not written by int8compile.save: {_what_else(records)}")
-    about = _json(reader, name, _OURS)
+        raise ProgramFileError(f"{name} was not written by int8compile.save: {_what_else(records.names())}")
+    about = _json(records, _OURS, strict=False)
     version = about.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise ProgramFileError(
             f"{name} has format version {version}, written by int8compile {about.get('int8compile')}; this is "
             f"int8compile {int8compile.__version__}, which reads up to version {FORMAT_VERSION}: install a newer one"
         )
-    for record in records:
-        if not _KNOWN.fullmatch(record):
+    if type(version) is not int or version < 1:
+        raise records.damaged(f"{_OURS} has format version {version!r}; expected a number from 1 to {FORMAT_VERSION}")
+    unknown = about.keys() - _FIELDS
+    texts = all(type(about.get(key)) is str for key in ("int8compile", "torch"))
+    objects = all(type(about.get(key, {})) is dict for key in ("config", "report"))
+    if unknown or not texts or not objects:
+        raise records.damaged(f"{_OURS} is not as int8compile.save writes it")
+    written = {key: [records[key].size, records[key].crc] for key in records.names() if key != _OURS}
+    if version >= 2 and about.get("records") != written:
+        raise records.damaged("its records are not those that were written")
+    return about
+
+
+def _check(records: Records, operators: Collection[str] | None) -> None:
+    """Raise ProgramFileError unless torch can be given the file."""
+    name = records.path
+    for record in records.names():
+        if not _KNOWN.fullmatch(record) and not _TENSORS.fullmatch(record):
             raise ProgramFileError(f"{name} holds {record!r}, which int8compile.save does not write; it is not read")
-    pickled = [_SAMPLE_INPUTS] if _SAMPLE_INPUTS in records and reader.get_record(_SAMPLE_INPUTS) else []
-    for config in _CONFIGS:
-        entries = _json(reader, name, config).get("config", {})
-        pickled += [tensor for tensor, entry in entries.items() if entry.get("use_pickle") is not False]
+    configs = {folder: _json(records, folder + config).get("config") for folder, config in _CONFIGS.items()}
+    pickled = [_SAMPLE_INPUTS] if records.read(_SAMPLE_INPUTS) else []
+    for config in configs.values():
+        if isinstance(config, dict):
+            pickled += [k for k, v in config.items() if isinstance(v, dict) and v.get("use_pickle") is not False]
     if pickled:
         raise ProgramFileError(
             f"{name} holds pickled data ({', '.join(pickled)}), which may run any code; it is not read"
         )
-    return about
-
-
-def _check_bytes(name: str) -> None:
-    """Compare each record to its checksum, which torch does not: a flipped bit would be another weight."""
+    if records.read("byteorder").decode("ascii", "replace") != sys.byteorder:
+        raise ProgramFileError(f"{name} was written on a machine of another byte order")
+    model = _json(records, _MODEL)
+    tensors: dict[str, Any] = {}
+    used: set[str] = set()
     try:
-        with zipfile.ZipFile(name) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ProgramFileError(f"{name} is damaged ({_first(error)})") from error
-    if damaged is not None:
-        raise ProgramFileError(f"{name} is damaged: the bytes of {damaged} are not those that were written")
+        check_model(model, operators)
+        for folder, config in _CONFIGS.items():
+            check_payload(_json(records, folder + config))
+            used |= tensor_records.check(configs[folder], folder, records)
+            tensors = {**configs[folder], **tensors}
+        tensor_records.check_inputs(model["graph_module"], tensors)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ProgramFileError):
+            raise
+        raise ProgramFileError(f"{name} holds what int8compile.save does not write; it is not read: {error}") from error
+    unused = [record for record in records.names() if _TENSORS.fullmatch(record) and record not in used]
+    if unused:
+        raise records.damaged(f"nothing says what {unused[0]} is")
 
 
-def _json(reader: Any, name: str, record: str) -> dict[str, Any]:
+def _json(records: Records, record: str, *, strict: bool = True) -> dict[str, Any]:
     try:
-        value = json.loads(reader.get_record(record))
-    except (RuntimeError, ValueError) as error:
-        raise ProgramFileError(f"{name} is damaged: {record} cannot be read ({_first(error)})") from error
+        value = parse(records.read(record), strict=strict)
+    except ProgramFileError:
+        raise
+    except ValueError as error:
+        raise records.damaged(f"{record} cannot be read ({_first(error)})") from error
     if not isinstance(value, dict):
-        raise ProgramFileError(f"{name} is damaged: {record} holds no JSON object")
+        raise records.damaged(f"{record} holds no JSON object")
     return value
 
 
-def _what_else(records: list[str]) -> str:
+def _what_else(records: Collection[str]) -> str:
     """The way out for a file of another kind."""
     if any(record.startswith("data/aotinductor/") for record in records):
         return "it is an AOTInductor package; int8compile.load_package runs it"
-    if "models/model.json" in records:
+    if _MODEL in records:
         return "it is a program of torch.export.save; `import int8compile.ops` and torch.export.load read it"
     return "it is some other archive of PyTorch's, such as a checkpoint"
 
@@ -178,45 +231,30 @@ def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
+def _describe_records(path: Path, about: dict[str, Any]) -> None:
+    """Add our record to an archive, if it is one that ``load`` would read."""
+    with path.open("rb") as file:
+        records = Records(file, path.name, _KIND)
+        _check(records, None)
+    written = {name: [records[name].size, records[name].crc] for name in records.names()}
+    with zipfile.ZipFile(path, "a") as archive:  # with no time of day, so that a program gives the same bytes again
+        archive.writestr(zipfile.ZipInfo(f"{records.root}/{_OURS}"), json.dumps({**about, "records": written}, default=str))
+
+
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without example inputs and stack traces; its tensors are the same ones."""
+    """The program without example inputs and stack traces; its tensors are the same ones, as far as they fill their
+    memory."""
     graph, _ = copied_graph(program.graph)
     for node in graph.nodes:
         node.meta.pop("stack_trace", None)
+    tensors = tensor_records.without_gaps({**program.constants, **program.state_dict})
     return torch.export.ExportedProgram(
         root=program.graph_module,
         graph=graph,
         graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
+        state_dict={name: tensors[name] for name in program.state_dict},
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
-        constants=program.constants,
+        constants={name: tensors[name] for name in program.constants},
         verifiers=program.verifiers,
     )
-
-
-def _describe(program: torch.export.ExportedProgram) -> list[Any] | None:
-    """Each example input as [dtype, shape, device] or the plain value it is; None if one is neither."""
-    described: list[Any] = []
-    for value in pytree.tree_leaves(program.example_inputs):
-        if isinstance(value, torch.Tensor):
-            described.append([str(value.dtype).removeprefix("torch."), list(value.shape), str(value.device)])
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            described.append(value)
-        else:
-            return None
-    return described if program.example_inputs is not None else None
-
-
-def _zeros(described: Any, program: torch.export.ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Example inputs as ``_describe`` saw them, all zeros."""
-    if not isinstance(described, list):
-        return None
-    leaves = []
-    for value in described:
-        if isinstance(value, list):
-            dtype, shape, device = value
-            value = torch.zeros(shape, dtype=_DTYPE_NAMES[dtype], device=device)
-        leaves.append(value)
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    return inputs

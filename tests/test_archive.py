@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import rewrite_zip
 from torch import nn
 
 import int8compile
@@ -41,17 +42,6 @@ def program() -> torch.export.ExportedProgram:
 def saved(program, tmp_path) -> Path:
     int8compile.save(program, tmp_path / "model.pt2")
     return tmp_path / "model.pt2"
-
-
-def rewrite_zip(path: Path, change) -> Path:
-    """A copy of an archive, each record as ``change(name, data)`` gives it; None leaves it out."""
-    target = path.with_name("changed.pt2")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
-        for info in source.infolist():
-            data = change(info.filename.split("/", 1)[1], source.read(info.filename))
-            if data is not None:
-                out.writestr(info.filename, data)
-    return target
 
 
 def test_what_comes_back_is_what_went_in(program, saved):
@@ -128,8 +118,30 @@ def test_newer_and_damaged_formats(saved):
         int8compile.load(rewrite_zip(saved, newer))
     with pytest.raises(ProgramFileError, match=r"damaged: extra/int8compile\.json cannot be read"):
         int8compile.load(rewrite_zip(saved, lambda name, data: b"{" if "int8compile" in name else data))
-    with pytest.raises(ProgramFileError, match=r"cannot be\s*read with torch"):
-        int8compile.load(rewrite_zip(saved, lambda name, data: None if name.endswith("weight_0") else data))
+    for forged in (False, True):
+        with pytest.raises(ProgramFileError, match=r"damaged: (its records are not those|.* is said to be in .*weight_0)"):
+            int8compile.load(rewrite_zip(saved, lambda name, data: None if name.endswith("weight_0") else data, forged))
+
+
+@pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None, [1]])
+def test_versions_that_are_none(saved, version):
+    def change(name, data):
+        return json.dumps({**json.loads(data), "format_version": version}) if "int8compile" in name else data
+
+    with pytest.raises(ProgramFileError, match="has format version .*; expected a number from 1 to"):
+        int8compile.load(rewrite_zip(saved, change))
+
+
+def test_files_of_the_first_version_are_read(program, saved):
+    def older(name, data):
+        if "int8compile" not in name:
+            return data
+        about = {**json.loads(data), "format_version": 1}
+        del about["records"]
+        return json.dumps(about)
+
+    back = int8compile.load(rewrite_zip(saved, older))
+    assert torch.equal(back.module()(IDS, scale=2.0)["logits"], program.module()(IDS, scale=2.0)["logits"])
 
 
 def test_a_flipped_bit_is_seen(saved, tmp_path):
@@ -167,11 +179,9 @@ def test_nothing_is_unpickled(saved):
 
     for change in (sample_inputs, marked("weights"), marked("constants"), without_mark):
         with pytest.raises(ProgramFileError, match="holds pickled data"):
-            int8compile.load(rewrite_zip(saved, change))
+            int8compile.load(rewrite_zip(saved, change, forged=True))
     for extra in ("data/constants/custom_obj_0", "data/weights/model.pt", "serialized_state_dict.pt", "version"):
-        path = rewrite_zip(saved, lambda _, data: data)
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(archive.namelist()[0].split("/")[0] + "/" + extra, bomb)
+        path = rewrite_zip(saved, lambda _, data: data, forged=True, more={extra: bomb})
         with pytest.raises(ProgramFileError, match=f"holds '{extra}', which int8compile.save does not write"):
             int8compile.load(path)
 
