@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+from torch import fx
+from torch.export.pt2_archive._package import load_pt2
 
 import int8compile
 import int8compile.ops  # registers the operators that programs call
@@ -132,7 +133,8 @@ def load(
         records.check_bytes()
         file.seek(0)
         try:
-            program: torch.export.ExportedProgram = torch.export.load(file)
+            # Of torch.export.load the part that reads; what it tries next is a format that unpickles.
+            program: torch.export.ExportedProgram = load_pt2(file).exported_programs["model"]
             program.example_inputs = zeros(about.get("example_inputs"), program)
         except Exception as error:
             raise ProgramFileError(
@@ -244,13 +246,11 @@ def _describe_records(path: Path, about: dict[str, Any]) -> None:
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program without example inputs and stack traces; its tensors are the same ones, as far as they fill their
     memory."""
-    graph, _ = copied_graph(program.graph)
-    for node in graph.nodes:
-        node.meta.pop("stack_trace", None)
+    root = _without_traces(program.graph_module)
     tensors = tensor_records.without_gaps({**program.constants, **program.state_dict})
     return torch.export.ExportedProgram(
-        root=program.graph_module,
-        graph=graph,
+        root=root,
+        graph=root.graph,
         graph_signature=program.graph_signature,
         state_dict={name: tensors[name] for name in program.state_dict},
         range_constraints=program.range_constraints,
@@ -258,3 +258,16 @@ def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
         constants={name: tensors[name] for name in program.constants},
         verifiers=program.verifiers,
     )
+
+
+def _without_traces(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy, of the graphs of branches and the like in it too."""
+    graph, _ = copied_graph(gm.graph)
+    for node in graph.nodes:
+        node.meta.pop("stack_trace", None)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name, child in copy.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, _without_traces(child))
+    return copy
