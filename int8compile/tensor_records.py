@@ -95,11 +95,11 @@ def _filling(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     spans = {
         name: (t.storage_offset(), _extent(t.shape, t.stride(), t.storage_offset())) for name, t in tensors.items()
     }
-    end = max(stop for _, stop in spans.values())
-    if end * first.itemsize == first.untyped_storage().nbytes():
-        return tensors
     start = min((at for at, stop in spans.values() if stop), default=0)
-    flat = first.detach().as_strided((max(end - start, 0),), (1,), start).clone()
+    end = max(stop for _, stop in spans.values())
+    if start == 0 and end * first.itemsize == first.untyped_storage().nbytes():
+        return tensors
+    flat = first.detach().as_strided((end - start,), (1,), start).clone()
     result = {}
     for name, tensor in tensors.items():
         at, stop = spans[name]
