@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from int8compile import inductor, native
 from int8compile.config import Int8Config
 from int8compile.cpu_targets import cpu_flags, cpu_target, vector_bits
 from int8compile.errors import ExportError, ProgramFileError
+from int8compile.records import Records
 from int8compile.whole_files import written_whole
 
 _OURS = "int8compile"
@@ -95,37 +95,55 @@ def load_package(path: str | os.PathLike[str], kernels: str = "auto") -> Any:
         kernels: who computes the operators that the package calls, as in ``Int8Config``.
 
     Raises:
-        ProgramFileError: not a whole AOTInductor package, one for another kind of machine, for a CPU that has what this
-            one lacks, or for a GPU where there is none, or one that this torch cannot load.
+        ProgramFileError: a folder, not a whole AOTInductor package, one for another kind of machine, for a CPU that has
+            what this one lacks, or for a GPU where there is none, or one that this torch cannot load.
         FileNotFoundError: there is no such file.
         KernelBuildError: ``kernels="native"``, and there are none.
     """
     name = os.fspath(path)
     kernels = Int8Config(kernels=kernels).kernels
+    if os.path.isdir(name):
+        raise ProgramFileError(f"{name} is a folder; expected a package, which is one file")
     if not os.path.exists(name):
         raise FileNotFoundError(f"load_package(path): there is no file {name!r}")
-    metadata = _metadata(name)
-    about = json.loads(metadata.get(_OURS, "{}"))
+    _check_file(name)
+    metadata, about = _metadata(name)
     device = metadata.get("AOTI_DEVICE_KEY", "cpu")
     _check_machine(name, about, device)
     if about.get("calls_operators", True):
         native.choose_provider(kernels, [torch.empty(0, device=device)])
     try:
         return inductor.load_package(name, vector_bits(about.get("cpu_isa")))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         made = f"made with torch {about['torch']}, " if "torch" in about else ""
         raise ProgramFileError(f"{name}, {made}cannot be loaded with torch {torch.__version__}: {error}") from error
 
 
-def _metadata(name: str) -> dict[str, str]:
+def _check_file(name: str) -> None:
+    """Raise ProgramFileError unless a file is a package, and whole: machine code is not run on the chance that it is.
+
+    A package is code, so one that is forged does what it likes; only load what you would run.
+    """
+    with open(name, "rb") as file:
+        records = Records(file, name, "a package")
+        if not any(record.startswith("data/aotinductor/") for record in records.names()):
+            other = "; it is a program, which int8compile.load reads" if "models/model.json" in records else ""
+            raise ProgramFileError(f"{name} holds no AOTInductor package; int8compile.package makes them{other}")
+        records.check_bytes()
+
+
+def _metadata(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """What is written in a package, and of that what is ours."""
     try:
-        with zipfile.ZipFile(name) as archive:
-            records = archive.namelist()
-        if any("data/aotinductor/" in record for record in records):
-            return inductor.package_metadata(name)
-    except (zipfile.BadZipFile, RuntimeError) as error:
-        raise ProgramFileError(f"{name} is truncated, or no package at all ({error})") from error
-    raise ProgramFileError(f"{name} holds no AOTInductor package; int8compile.package makes them")
+        metadata = inductor.package_metadata(name)
+        about = json.loads(metadata.get(_OURS, "{}"))
+    except (RuntimeError, ValueError, RecursionError) as error:
+        raise ProgramFileError(f"{name} is damaged: what it says of itself cannot be read ({error})") from error
+    kinds = {"torch": str, "machine": str, "cpu_isa": str, "calls_operators": bool, "cpu_flags": list}
+    fits = isinstance(about, dict) and all(isinstance(about.get(key, kind()), kind) for key, kind in kinds.items())
+    if not fits or not all(isinstance(flag, str) for flag in about.get("cpu_flags", [])):
+        raise ProgramFileError(f"{name} is damaged: what it says of itself is not as int8compile.package writes it")
+    return metadata, about
 
 
 def _check_machine(name: str, about: Mapping[str, Any], device: str) -> None:

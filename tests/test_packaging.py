@@ -251,6 +251,29 @@ def test_what_a_cpu_cannot_run_is_refused_before_it_is_loaded(package, tmp_path,
         int8compile.load_package(package)
 
 
+def test_damaged_packages_are_refused_before_their_code_is_loaded(package, tmp_path, monkeypatch):
+    """(1) cut off (2) a bit of the machine code (3) a bit of the directory (4) what it says of itself."""
+    monkeypatch.setattr(inductor, "load_package", lambda *_: pytest.fail("its code was loaded"))
+    whole, path = package.read_bytes(), tmp_path / "damaged.pt2"
+    with zipfile.ZipFile(package) as archive:
+        (code,) = (info for info in archive.infolist() if info.filename.endswith(".so"))
+        directory = archive.start_dir
+    for at, message in (
+        (code.header_offset + code.file_size // 2, r"the bytes of .*\.so are not those that were written"),
+        (directory + 50, "is damaged"),
+    ):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ProgramFileError, match=message):
+            int8compile.load_package(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ProgramFileError, match="is truncated, or not a package at all"):
+        int8compile.load_package(path)
+    for about in ("{", "[]", '{"cpu_flags": 3}', '{"cpu_flags": [3]}', '{"cpu_isa": []}', "[" * 100_000):
+        monkeypatch.setattr(inductor, "package_metadata", lambda _, about=about: {"int8compile": about})
+        with pytest.raises(ProgramFileError, match="is damaged: what it says of itself"):
+            int8compile.load_package(package)
+
+
 def test_cpu_targets(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     everything = frozenset(cpu_targets.cpu_target("portable").flags) | frozenset(cpu_targets._V3) | {"avx512f"}
@@ -311,10 +334,14 @@ def test_what_cannot_be_packaged_is_named(tmp_path):
     with pytest.raises(ExportError, match="program has no example inputs"):
         int8compile.package(program, "model.pt2")
     (tmp_path / "text.pt2").write_text("hello")
-    with pytest.raises(ProgramFileError, match=r"text\.pt2 is truncated, or no package at all"):
+    with pytest.raises(ProgramFileError, match=r"text\.pt2 is truncated, or not a package at all"):
         int8compile.load_package(tmp_path / "text.pt2")
     int8compile.save(mlp(), tmp_path / "program.pt2")
-    with pytest.raises(ProgramFileError, match="holds no AOTInductor package"):
+    with pytest.raises(ProgramFileError, match="holds no AOTInductor package.*int8compile.load reads"):
         int8compile.load_package(tmp_path / "program.pt2")
+    with pytest.raises(ProgramFileError, match="is a folder; expected a package"):
+        int8compile.load_package(tmp_path)
+    with pytest.raises(ProgramFileError, match="is a folder; expected a file"):
+        int8compile.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt2"):
         int8compile.load_package(tmp_path / "nothing.pt2")
