@@ -35,6 +35,7 @@ from torch.export.pt2_archive._package import load_pt2
 import int8compile
 import int8compile.ops  # registers the operators that programs call
 from int8compile import native, tensor_records
+from int8compile.archive_files import archive_file
 from int8compile.capture import copied_graph
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, ProgramFileError
@@ -92,7 +93,8 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
         # Of tensors with strides of their own. That they come back as they are is looked at below.
         warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
         try:
-            torch.export.save(_bare(program), str(whole))
+            with archive_file(whole, "save(program, path)") as file:
+                torch.export.save(_bare(program), file)
         except NotImplementedError as error:
             raise ExportError(
                 "save(program, path): program takes or returns a class without a name for files; export the model with "

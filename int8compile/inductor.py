@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import sys
 import warnings
 import weakref
@@ -82,7 +83,7 @@ def _patches(config: Int8Config) -> dict[str, Any]:
 
 def compile_package(
     program: torch.export.ExportedProgram,
-    path: str,
+    path: str | io.RawIOBase,
     config: Int8Config,
     *,
     native: bool,
@@ -92,6 +93,7 @@ def compile_package(
     """Compile an exported program into an AOTInductor package.
 
     Args:
+        path: of the package, or a file to write it to.
         native: whether our operators stay calls. If not, the package holds their reference bodies compiled.
         target: the CPU that generated code is compiled for.
         metadata: texts that go into the package.

@@ -24,6 +24,7 @@ import torch
 import int8compile
 import int8compile.ops  # registers the operators that packages call
 from int8compile import inductor, native
+from int8compile.archive_files import archive_file
 from int8compile.config import Int8Config
 from int8compile.cpu_targets import cpu_flags, cpu_target, vector_bits
 from int8compile.errors import ExportError, ProgramFileError
@@ -83,8 +84,9 @@ def package(
         "cpu_flags": target.flags,
     }
     metadata = {_OURS: json.dumps(about)}
-    with torch.no_grad(), written_whole("package(program, path)", path) as whole:
-        inductor.compile_package(program, str(whole), options, native=is_native, target=target, metadata=metadata)
+    call = "package(program, path)"
+    with torch.no_grad(), written_whole(call, path) as whole, archive_file(whole, call) as file:
+        inductor.compile_package(program, file, options, native=is_native, target=target, metadata=metadata)
     return Path(path)
 
 

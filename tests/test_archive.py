@@ -1,6 +1,7 @@
 """``save`` and ``load``: what comes back is what went in, half as large, and nothing in a file is unpickled."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 import int8compile
 from int8compile.archive import FORMAT_VERSION
 from int8compile.errors import ExportError, ProgramFileError
+from int8compile.whole_files import WORK_FOLDER, replaced
 
 
 class Model(nn.Module):
@@ -189,8 +191,8 @@ def test_nothing_is_unpickled(saved):
 def test_a_save_that_fails_leaves_the_old_file(program, saved, monkeypatch):
     before = saved.read_bytes()
 
-    def fails(_, path, **__):
-        Path(path).write_text("half")
+    def fails(_, file, **__):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch.export, "save", fails)
@@ -212,3 +214,106 @@ def test_what_cannot_be_saved_is_named(program, tmp_path):
     program.constants["offset"] = torch.ones(32).as_subclass(Strange)
     with pytest.raises(ExportError, match="offset is Strange; only plain tensors can be saved"):
         int8compile.save(program, tmp_path / "model.pt2")
+
+
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SAVES + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ROOT})
+
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+SAVES = """
+import os, resource, signal, sys, threading, torch, int8compile
+from torch import nn
+program = torch.export.export(nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))), (torch.ones(2, 256),))
+path = sys.argv[1]
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100_000, 2_110_000])
+def test_a_full_disk_is_an_error_that_leaves_the_old_file(tmp_path, limit):
+    """By a bound on the size of files. torch's own writer aborts the process, whenever the disk becomes full."""
+    (tmp_path / "m.pt2").write_text("old")
+    code = (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))\n"
+        "try: int8compile.save(program, path)\n"
+        "except OSError as error: print(error)\n"
+    )
+    done = in_a_process(code, tmp_path / "m.pt2", limit)
+    assert done.returncode == 0, done.stderr
+    assert "save(program, path): m.pt2 cannot be written: File too large" in done.stdout
+    assert (tmp_path / "m.pt2").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_save_that_is_stopped_leaves_the_old_file(tmp_path, number):
+    """While torch writes, where an exception would abort the process too; SIGTERM is an exception in our commands."""
+    (tmp_path / "m.pt2").write_text("old")
+    code = (
+        "from int8compile.archive_files import ArchiveFile\n"
+        "write, calls = ArchiveFile.write, []\n"
+        "def stopped(self, data):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 9: signal.raise_signal(signal.{number})\n"
+        "    return write(self, data)\n"
+        "ArchiveFile.write = stopped\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "try: int8compile.save(program, path)\n"
+        "except BaseException as error: print(type(error).__name__, len(calls) > 9)\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = in_a_process(code, tmp_path / "m.pt2")
+    kind = {"SIGINT": "KeyboardInterrupt", "SIGTERM": "SystemExit"}[number]
+    assert done.stdout.split() == [kind, "True", "True"], done.stderr
+    assert (tmp_path / "m.pt2").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(saved, program, tmp_path):
+    code = (
+        "from int8compile.archive_files import ArchiveFile\n"
+        "ArchiveFile.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "int8compile.save(program, path)\n"
+    )
+    assert in_a_process(code, tmp_path / "m.pt2").returncode == -9
+    (left,) = tmp_path.glob(f"{WORK_FOLDER}*")
+    with replaced(tmp_path / "other.txt") as path:
+        assert not left.exists()
+        int8compile.save(program, tmp_path / "m.pt2")
+        path.write_text("other")
+    assert (tmp_path / "other.txt").read_text() == "other"
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt2", ".pt2", ".txt"]
+
+
+def test_targets_that_are_something_else(program, tmp_path):
+    """(1) a folder (2) a file that may not be written to (3) a pipe (4) a link (5) a file in the path (6) its mode."""
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder; expected a file to write"):
+        int8compile.save(program, tmp_path / "folder.pt2")
+    kept = tmp_path / "kept.pt2"
+    kept.write_text("kept")
+    kept.chmod(0o444)
+    with pytest.raises(PermissionError, match="kept.pt2' is read-only; remove it"):
+        int8compile.save(program, kept)
+    assert kept.read_text() == "kept"
+    os.mkfifo(tmp_path / "pipe.pt2")
+    with pytest.raises(PermissionError, match="is a device or the like"):
+        int8compile.save(program, tmp_path / "pipe.pt2")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        int8compile.save(program, kept / "m.pt2")
+    real = tmp_path / "elsewhere" / "real.pt2"
+    real.parent.mkdir()
+    real.write_text("old")
+    real.chmod(0o640)
+    (tmp_path / "link.pt2").symlink_to(real)
+    int8compile.save(program, tmp_path / "link.pt2")
+    assert (tmp_path / "link.pt2").is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    int8compile.load(tmp_path / "link.pt2")
+
+
+def test_the_same_program_gives_the_same_bytes(program, tmp_path):
+    int8compile.save(program, tmp_path / "a.pt2")
+    int8compile.save(program, tmp_path / "b.pt2")
+    assert (tmp_path / "a.pt2").read_bytes() == (tmp_path / "b.pt2").read_bytes()

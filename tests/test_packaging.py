@@ -294,8 +294,8 @@ def test_a_package_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     program, old = mlp(), tmp_path / "model.pt2"
     old.write_text("old")
 
-    def fails(program, path, *_, **__):
-        Path(path).write_text("half")
+    def fails(program, file, *_, **__):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(inductor, "compile_package", fails)
