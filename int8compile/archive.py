@@ -245,7 +245,9 @@ def _describe_records(path: Path, about: dict[str, Any]) -> None:
         _check(records, None)
     written = {name: [records[name].size, records[name].crc] for name in records.names()}
     with zipfile.ZipFile(path, "a") as archive:  # with no time of day, so that a program gives the same bytes again
-        archive.writestr(zipfile.ZipInfo(f"{records.root}/{_OURS}"), json.dumps({**about, "records": written}, default=str))
+        archive.writestr(
+            zipfile.ZipInfo(f"{records.root}/{_OURS}"), json.dumps({**about, "records": written}, default=str)
+        )
 
 
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

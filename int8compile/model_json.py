@@ -39,10 +39,11 @@ from int8compile.size_expressions import is_size_expression, is_symbol
 #: whose operators any program may call
 NAMESPACES = ("aten", "prims", "int8compile")
 
-_HIGHER_ORDER = frozenset(
-    "associative_scan auto_functionalized auto_functionalized_v2 cond flex_attention hints_wrapper invoke_subgraph map "
-    "map_impl out_dtype scan while_loop wrap_with_autocast wrap_with_set_grad_enabled".split()
-)
+_HIGHER_ORDER = {
+    *("associative_scan", "auto_functionalized", "auto_functionalized_v2", "cond", "flex_attention", "hints_wrapper"),
+    *("invoke_subgraph", "map", "map_impl", "out_dtype", "scan", "while_loop"),
+    *("wrap_with_autocast", "wrap_with_set_grad_enabled"),
+}
 _FUNCTIONS = frozenset(
     [f"{function.__module__}.{function.__name__}" for function in _SYM_OPS]
     + ["torch.sym_sum", "torch.sym_fresh_size"]
@@ -58,7 +59,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TARGET = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 
 
-class NotWritten(ValueError):
+class NotWrittenError(ValueError):
     """Something that ``save`` would not write; ``path`` says where it stands, outermost last."""
 
     def __init__(self, problem: str) -> None:
@@ -80,11 +81,11 @@ def parse(data: bytes, *, strict: bool = True) -> Any:
         refused = _refuse_constant if strict else None
         return json.loads(data.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=refused)
     except RecursionError:
-        raise NotWritten("it is nested too deeply") from None
+        raise NotWrittenError("it is nested too deeply") from None
 
 
 def check_model(model: Any, operators: Collection[str] | None) -> None:
-    """Raise ``NotWritten`` unless ``torch.export.save`` could have written this ``model.json``.
+    """Raise ``NotWrittenError`` unless ``torch.export.save`` could have written this ``model.json``.
 
     Args:
         model: as ``parse`` returns it.
@@ -99,13 +100,13 @@ def check_payload(config: Any) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise NotWritten(f"{name} is no number")
+    raise NotWrittenError(f"{name} is no number")
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise NotWritten("a key stands in it twice")
+        raise NotWrittenError("a key stands in it twice")
     return found
 
 
@@ -189,12 +190,12 @@ class _Check:
             return
         parts = _TARGET.fullmatch(target)
         if parts is None:
-            raise NotWritten(f"{target!r} is no operator that a program may call")
+            raise NotWrittenError(f"{target!r} is no operator that a program may call")
         namespace, name, overload = parts.groups()
         if namespace not in NAMESPACES:
             if self.operators is None or namespace in self.operators:
                 return
-            raise NotWritten(
+            raise NotWrittenError(
                 f"{target} is neither PyTorch's nor int8compile's; if you trust the file to call what the library "
                 f"{namespace!r} registers, import it and say load(path, operators=[{namespace!r}])"
             )
@@ -202,7 +203,7 @@ class _Check:
         # Not those of TorchScript alone, such as aten::save, which writes a file.
         known = isinstance(operator, torch._ops.OpOverload) and operator.name() in self._dispatched
         if not known or f"{namespace}::{name}" in _NOT_COMPUTING:
-            raise NotWritten(f"{target} is not an operator of torch {torch.__version__} that computes")
+            raise NotWrittenError(f"{target} is not an operator of torch {torch.__version__} that computes")
 
 
 class _within:  # noqa: N801 (reads as the statement it is)
@@ -215,13 +216,13 @@ class _within:  # noqa: N801 (reads as the statement it is)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NotWritten):
+        if isinstance(error, NotWrittenError):
             error.path.append(self.place)
 
 
 def _expect(fits: bool, expected: str, value: object) -> None:
     if not fits:
-        raise NotWritten(f"{str(value)[:80]!r}, where {expected} is expected")
+        raise NotWrittenError(f"{str(value)[:80]!r}, where {expected} is expected")
 
 
 def _plain(text: str) -> None:
@@ -313,7 +314,7 @@ def _tree_node(node: Any) -> None:
     _expect(type(kind) is str, "a class", kind)
     _plain(kind)
     if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        raise NotWritten(f"the class {kind} is unknown here; import the library that it belongs to first")
+        raise NotWrittenError(f"the class {kind} is unknown here; import the library that it belongs to first")
     if kind == "collections.defaultdict":
         _expect(
             type(context) is dict

@@ -194,7 +194,9 @@ class Records:
             written = self._bytes(at + _LOCAL.size, name_size)
             if mark != b"PK\3\4" or (written, flags, method) != (entry.name, entry.flags, 0):
                 raise self.damaged(f"{name} is called something else where it is")
-            trailer = self._bytes(start + entry.size, after - start - entry.size) if after >= start + entry.size else None
+            trailer = (
+                self._bytes(start + entry.size, after - start - entry.size) if after >= start + entry.size else None
+            )
             if flags & _SIZES_FOLLOW:
                 fits = not (crc or packed or size) or (crc, packed, size) == (entry.crc, entry.size, entry.size)
                 trailers = [

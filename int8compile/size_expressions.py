@@ -1,8 +1,8 @@
 """Sizes that depend on inputs, as text in a program's file: ``Mul(Integer(32), Symbol('s27', integer=True))``.
 
-torch reads such a text by ``sympy.sympify``, which runs it as Python. So it is compared first to the one form that torch
-writes, sympy's ``srepr``: calls of a few functions, down to numbers and symbols. And as sympy works such an expression
-out at once, it may not be one that takes the machine's memory, such as ``Pow(Integer(10), Integer(10000000000))``.
+torch reads such a text by ``sympy.sympify``, which runs it as Python. So it is compared first to the one form that
+torch writes, sympy's ``srepr``: calls of a few functions, down to numbers and symbols. And as sympy works such an
+expression out at once, it may not be one that takes the machine's memory, such as ``Pow(Integer(9), Integer(99999))``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import ast
 import functools
 import re
 
-_FUNCTIONS = frozenset(
+_FUNCTIONS = {
     # sympy's
-    "Add Mul Max Min Abs Mod Rational floor ceiling And Or Not Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan "
-    "StrictGreaterThan LessThan GreaterThan ITE Piecewise ExprCondPair Tuple "
+    *("Add", "Mul", "Mod", "Rational", "Max", "Min", "Abs", "floor", "ceiling", "And", "Or", "Not", "ITE"),
+    *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "StrictGreaterThan"),
+    *("LessThan", "GreaterThan", "Piecewise", "ExprCondPair", "Tuple"),
     # torch's
-    "FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv FloatTrueDiv IntTrueDiv TruncToFloat "
-    "TruncToInt RoundToInt RoundDecimal ToFloat Identity IsNonOverlappingAndDenseIndicator".split()
-)
+    *("FloorDiv", "CleanDiv", "CeilDiv", "FloatTrueDiv", "IntTrueDiv", "PythonMod", "ModularIndexing", "Where"),
+    *("CeilToInt", "FloorToInt", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"),
+    "IsNonOverlappingAndDenseIndicator",
+}
 _POWERS = ("Pow", "PowByNatural", "FloatPow")
 _CONSTANTS = ("true", "false", "oo", "int_oo", "zoo", "nan")
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}")  # torch counts up to the number in a symbol's name

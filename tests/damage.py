@@ -14,10 +14,43 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
+import int8compile
+from int8compile.errors import ProgramFileError
+
+ROOT = Path(__file__).resolve().parent.parent
 OURS = "extra/int8compile.json"
+MODEL = "models/model.json"
+WEIGHTS = "data/weights/model_weights_config.json"
+IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+KEYWORDS = {"scale": 2.0, "mode": "plain"}
 Change = Callable[[str, bytes], bytes | str | None]
+
+
+class Model(nn.Module):
+    """A tied weight, a bias, a constant; sizes that change, a number and a text as inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(24, 8), nn.Linear(8, 8), nn.Linear(8, 24, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("offset", torch.ones(8), persistent=False)
+
+    def forward(self, ids, *, scale=2.0, mode="plain"):
+        hidden = self.fc(self.table(ids)) * scale + self.offset
+        return {"logits": self.head(hidden), "hidden": [hidden]}
+
+
+def save_program(path: Path) -> Path:
+    """A small program, in a file."""
+    shapes = {"ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, "scale": None, "mode": None}
+    torch.manual_seed(0)
+    program = int8compile.export(Model().eval(), (IDS,), KEYWORDS, shapes, {"min_features": 0})
+    int8compile.save(program, path)
+    return path
 
 
 def rewrite_zip(path: Path, change: Change, forged: bool = False, more: Mapping[str, bytes] | None = None) -> Path:
@@ -27,9 +60,7 @@ def rewrite_zip(path: Path, change: Change, forged: bool = False, more: Mapping[
         forged: whether what the file says of its records says so too.
         more: records to add.
     """
-    with zipfile.ZipFile(path) as source:
-        root = source.namelist()[0].split("/")[0]
-        records = {info.filename.split("/", 1)[1]: source.read(info) for info in source.infolist()}
+    root, records = records_of(path)
     changed = {name: change(name, data) for name, data in records.items()} | dict(more or {})
     records = {k: v.encode() if isinstance(v, str) else v for k, v in changed.items() if v is not None}
     return write_zip(path.with_name("changed.pt2"), root, records, forged)
@@ -44,6 +75,33 @@ def write_zip(path: Path, root: str, records: dict[str, bytes], forged: bool) ->
         for name, data in records.items():
             out.writestr(f"{root}/{name}", data)
     return path
+
+
+def edit(path: Path, record: str, change: Callable[[Any], Any]) -> Path:
+    """A copy of a program with another JSON document, whose checksums are right."""
+
+    def changed(name: str, data: bytes) -> bytes | str:
+        return json.dumps(change(json.loads(data))) if name == record else data
+
+    return rewrite_zip(path, changed, forged=True)
+
+
+def records_of(path: Path) -> tuple[str, dict[str, bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        return infos[0].filename.split("/")[0], {i.filename.split("/", 1)[1]: archive.read(i) for i in infos}
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(ProgramFileError, match=message):
+        int8compile.load(path)
+
+
+def at(value: Any, path: tuple) -> Any:
+    """What is in one place of a JSON document."""
+    for key in path:
+        value = value[key]
+    return value
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -68,7 +126,29 @@ def replaced(document: Any, path: tuple, value: Any) -> Any:
     return document
 
 
-ODD = [None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "a b", "\0", "'", '"', "\u2028", "é"]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    "a b",
+    "\0",
+    "'",
+    '"',
+    "\u2028",
+    "é",
+]
 ODD += ["torch.os.getpid", "Integer(3)", "Pow(Integer(10), Integer(10**9))", [], [[]], [1], {}, {"": 0}, {"as_int": 3}]
 ODD += ["Infinity", "NaN", "__import__('os').abort()", "a\nb", {"as_none": True}, {"as_tensor": {"name": "ids"}}]
 
@@ -81,15 +161,10 @@ def change_json(random: random.Random, data: bytes) -> bytes:
     if kind == 0:
         document = replaced(document, path, ...)
     elif kind == 1 and isinstance(path[-1], str):
-        value = document
-        for key in path:
-            value = value[key]
+        value = at(document, path)
         document = replaced(replaced(document, path, ...), (*path[:-1], path[-1] + "_"), value)
     elif kind == 2:
-        other = document
-        for key in random.choice(places(document)):
-            other = other[key]
-        document = replaced(document, path, other)
+        document = replaced(document, path, at(document, random.choice(places(document))))
     else:
         document = replaced(document, path, random.choice(ODD))
     return json.dumps(document).encode()
@@ -148,17 +223,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def main(path: Path, seed: int, count: int) -> None:
-    import int8compile
-    from int8compile.errors import ProgramFileError
-
     generator = random.Random(seed)
     whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        records = {info.filename.split("/", 1)[1]: archive.read(info) for info in archive.infolist()}
-    inputs = (torch.tensor([[3, 4, 5], [6, 7, 8]]),)
-    keywords = {"scale": 2.0, "mode": "plain"}
-    expected = int8compile.load(path).module()(*inputs, **keywords)
+    root, records = records_of(path)
+    expected = int8compile.load(path).module()(IDS, **KEYWORDS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
     damaged = path.with_name("damaged.pt2")
@@ -184,7 +252,7 @@ def main(path: Path, seed: int, count: int) -> None:
         else:
             found[f"{kind}: loaded"] += 1
             try:
-                outputs = program.module()(*inputs, **keywords)
+                outputs = program.module()(IDS, **KEYWORDS)
                 if kind != "forged" and not same(outputs, expected):
                     problem = "other numbers"
             except Exception as error:  # a forged program is another one, which may not run

@@ -121,7 +121,9 @@ def test_newer_and_damaged_formats(saved):
     with pytest.raises(ProgramFileError, match=r"damaged: extra/int8compile\.json cannot be read"):
         int8compile.load(rewrite_zip(saved, lambda name, data: b"{" if "int8compile" in name else data))
     for forged in (False, True):
-        with pytest.raises(ProgramFileError, match=r"damaged: (its records are not those|.* is said to be in .*weight_0)"):
+        with pytest.raises(
+            ProgramFileError, match=r"damaged: (its records are not those|.* is said to be in .*weight_0)"
+        ):
             int8compile.load(rewrite_zip(saved, lambda name, data: None if name.endswith("weight_0") else data, forged))
 
 
@@ -130,7 +132,7 @@ def test_versions_that_are_none(saved, version):
     def change(name, data):
         return json.dumps({**json.loads(data), "format_version": version}) if "int8compile" in name else data
 
-    with pytest.raises(ProgramFileError, match="has format version .*; expected a number from 1 to"):
+    with pytest.raises(ProgramFileError, match=r"has format version .*; expected a number from 1 to"):
         int8compile.load(rewrite_zip(saved, change))
 
 
@@ -294,7 +296,7 @@ def test_targets_that_are_something_else(program, tmp_path):
     kept = tmp_path / "kept.pt2"
     kept.write_text("kept")
     kept.chmod(0o444)
-    with pytest.raises(PermissionError, match="kept.pt2' is read-only; remove it"):
+    with pytest.raises(PermissionError, match=r"kept\.pt2' is read-only; remove it"):
         int8compile.save(program, kept)
     assert kept.read_text() == "kept"
     os.mkfifo(tmp_path / "pipe.pt2")

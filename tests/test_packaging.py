@@ -337,7 +337,7 @@ def test_what_cannot_be_packaged_is_named(tmp_path):
     with pytest.raises(ProgramFileError, match=r"text\.pt2 is truncated, or not a package at all"):
         int8compile.load_package(tmp_path / "text.pt2")
     int8compile.save(mlp(), tmp_path / "program.pt2")
-    with pytest.raises(ProgramFileError, match="holds no AOTInductor package.*int8compile.load reads"):
+    with pytest.raises(ProgramFileError, match=r"holds no AOTInductor package.*int8compile\.load reads"):
         int8compile.load_package(tmp_path / "program.pt2")
     with pytest.raises(ProgramFileError, match="is a folder; expected a package"):
         int8compile.load_package(tmp_path)
