@@ -1,14 +1,17 @@
 """``int8compile quantize``: a checkpoint folder to an int8 one, file by file, without ever holding the model.
 
-Each file of weights is read tensor by tensor and written whole under a temporary name, then renamed; ``config.json``,
-without which nothing loads, comes last. So a run that is killed leaves a folder that does not load, and the next run
-goes on after the last whole file. Which tensors become int8 is decided by the same rules as in ``from_pretrained``, on
-a model without memory.
+Each file of weights is read tensor by tensor and comes into being whole; ``config.json``, without which nothing loads,
+comes last. So a run that is killed leaves a folder that does not load, and the next run goes on after the last whole
+file: what comes out is what comes out of one run, to the byte. What it is a folder of stands in ``unfinished.json``
+until the end: a run goes on only with the files, options and versions that it began with. Which tensors become int8 is
+decided by the same rules as in ``from_pretrained``, on a model without memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -33,6 +37,7 @@ from int8compile.modules import is_conv1d
 from int8compile.report import Reason, Site
 from int8compile.rules import names
 from int8compile.weights import pack
+from int8compile.whole_files import remove_left_over, replaced
 
 _MANIFEST = "unfinished.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -72,17 +77,27 @@ def quantize_folder(
     Raises:
         OptionValueError: a bad argument, or a target that holds something else. Nothing is changed.
         CheckpointError: a file that cannot be read or does not fit the model. The target does not load then.
+        OSError: the target cannot be written, such as to a full disk. The same call goes on from there.
     """
     if format not in FORMATS:
         raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
     files = _weight_files(source)
     plan = _Plan(source, files, config, format)
-    _open_target(target, files, config, format)
+    try:
+        with _opened_target(target, _manifest(source, files, config, format)):
+            return _convert(source, target, files, plan, progress)
+    except OSError as error:
+        problem = f"{target}: {error.strerror or error}; what is written is kept, and the same call goes on from there"
+        raise OSError(error.errno, problem) from error
+
+
+def _convert(source: Path, target: Path, files: list[Path], plan: _Plan, progress: Progress | None) -> Converted:
+    began = _stats(source, files)
     weight_map: dict[str, str] = {}
     before, after, resumed = 0, 0, 0
     for file in files:
         written = target / _output_name(file.name)
-        if written.exists():
+        if _is_whole(written):
             resumed += 1
         else:
             tensors: dict[str, torch.Tensor] = {}
@@ -92,16 +107,15 @@ def quantize_folder(
                 done += tensor.numel() * tensor.element_size()
                 if progress is not None:
                     progress(file.name, done, total)
-            partial = target / f"{written.name}.part"
-            save_file(tensors, partial, metadata={"format": "pt", "int8compile": int8compile.__version__})
-            os.replace(partial, written)
+            _unchanged(began, source, files)
+            _write(written, tensors)
             del tensors
         weight_map |= dict.fromkeys(_keys(written), written.name)
         before, after = before + file.stat().st_size, after + written.stat().st_size
     if len(files) > 1:
         index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(target / "model.safetensors.index.json", index)
-    _finish(source, target, plan)
+    _finish(source, target, plan, began, files)
     return Converted(plan.sites, before, after, resumed, plan.unmatched)
 
 
@@ -257,30 +271,97 @@ def _output_name(name: str) -> str:
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
-def _open_target(target: Path, files: list[Path], config: Int8Config, format: str) -> None:
-    """Make the folder, or make sure that it is what an interrupted run of the same kind left."""
-    stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    manifest = {"files": stats, "config": config.to_dict(), "format": format}
+def _manifest(source: Path, files: list[Path], config: Int8Config, format: str) -> dict[str, Any]:
+    """All that makes a run the one that it is."""
+    versions = {module.__name__: module.__version__ for module in (int8compile, torch, transformers, safetensors)}
+    return {"files": _stats(source, files), "config": config.to_dict(), "format": format, "versions": versions}
+
+
+def _stats(source: Path, files: list[Path]) -> dict[str, list[int]]:
+    """Size and time of each file that is read."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in (*files, source / "config.json")}
+
+
+def _unchanged(began: dict[str, list[int]], source: Path, files: list[Path]) -> None:
+    now = _stats(source, files)
+    changed = [name for name in began if began[name] != now[name]]
+    if changed:
+        raise CheckpointError(changed[0], "was changed while it was read", "a checkpoint that nobody writes to", source)
+
+
+@contextlib.contextmanager
+def _opened_target(target: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Make the folder, or make sure that it is what an interrupted run of the same kind left; held by a lock."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        expected = f"a folder that can be made, or an empty one ({error.strerror})"
+        raise OptionValueError("target", str(target), expected) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            expected = "a folder that no other run is writing to at this moment"
+            raise OptionValueError("target", str(target), expected) from error
+        except OSError:
+            pass  # a file system without locks
+        _check_left(target, manifest)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _check_left(target: Path, manifest: dict[str, Any]) -> None:
+    remove_left_over(target)
     left = target / _MANIFEST
-    if target.exists() and any(target.iterdir()):
-        if not left.exists():
-            raise OptionValueError("target", str(target), "a folder that does not exist or is empty")
-        if json.loads(left.read_text()) != manifest:
-            expected = "one that a run with the same source and options left unfinished; remove it to start anew"
-            raise OptionValueError("target", str(target), expected)
-        for part in target.glob("*.part"):
-            part.unlink()
+    if not any(target.iterdir()):
+        _write_json(left, manifest)
         return
-    target.mkdir(parents=True, exist_ok=True)
-    _write_json(left, manifest)
+    if not left.exists():
+        raise OptionValueError("target", str(target), "a folder that does not exist or is empty")
+    try:
+        known = json.loads(left.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        expected = f"one whose {_MANIFEST} can be read ({error}); remove the folder to start anew"
+        raise OptionValueError("target", str(target), expected) from error
+    # As they are read back: sizes and times are whole numbers, all else are texts and the like.
+    if known != json.loads(json.dumps(manifest)):
+        expected = "one that a run with the same source and options left unfinished; remove it to start anew"
+        raise OptionValueError("target", str(target), expected)
 
 
-def _finish(source: Path, target: Path, plan: _Plan) -> None:
+def _is_whole(written: Path) -> bool:
+    """Whether a file of weights is there and not cut off: its header says how long it is.
+
+    It was whole and on the disk before it had its name, so what else is wrong with it came later.
+    """
+    if not written.exists():
+        return False
+    try:
+        with safe_open(written, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _write(written: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replaced(written) as path:
+        try:
+            # No second entry beside the format: their order in the file would be by chance.
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{written.name} cannot be written ({error})") from error
+
+
+def _finish(source: Path, target: Path, plan: _Plan, began: dict[str, list[int]], files: list[Path]) -> None:
     for file in _carried(source, target):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
+        with replaced(copy) as path:
+            shutil.copy2(file, path)
     content = json.loads((source / "config.json").read_text())
+    _unchanged(began, source, files)
     _write_json(target / "config.json", {**content, "quantization_config": plan.quantization_config()})
     (target / _MANIFEST).unlink()
 
@@ -305,6 +386,5 @@ def _carried(source: Path, target: Path) -> list[Path]:
 
 
 def _write_json(path: Path, content: object) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    with replaced(path) as whole:
+        whole.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
