@@ -56,7 +56,8 @@ _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
     + "|".join(map(re.escape, (_OURS, _MODEL, _SAMPLE_INPUTS, *(a + b for a, b in _CONFIGS.items()))))
 )
-_FIELDS = {"format_version", "int8compile", "torch", "records", "config", "report", "example_inputs"}
+_FROM_EXPORT = ("config", "report")
+_FIELDS = {"format_version", "int8compile", "torch", "records", "example_inputs", *_FROM_EXPORT}
 
 
 def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -86,7 +87,9 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
         "format_version": FORMAT_VERSION,
         "int8compile": int8compile.__version__,
         "torch": torch.__version__,
-        **program.graph_module.meta.get("int8compile", {}),
+        **{
+            key: value for key, value in program.graph_module.meta.get("int8compile", {}).items() if key in _FROM_EXPORT
+        },
         "example_inputs": described(program),
     }
     with written_whole("save(program, path)", path) as whole, warnings.catch_warnings():
@@ -148,7 +151,7 @@ def load(
                 "that it belongs to first."
             ) from error
     native.choose_provider(kernels, list(program.state_dict.values()))
-    program.graph_module.meta["int8compile"] = {key: about[key] for key in ("config", "report") if key in about}
+    program.graph_module.meta["int8compile"] = {key: about[key] for key in _FROM_EXPORT if key in about}
     return program
 
 
@@ -168,7 +171,7 @@ def _about(records: Records) -> dict[str, Any]:
         raise records.damaged(f"{_OURS} has format version {version!r}; expected a number from 1 to {FORMAT_VERSION}")
     unknown = about.keys() - _FIELDS
     texts = all(type(about.get(key)) is str for key in ("int8compile", "torch"))
-    objects = all(type(about.get(key, {})) is dict for key in ("config", "report"))
+    objects = all(type(about.get(key, {})) is dict for key in _FROM_EXPORT)
     if unknown or not texts or not objects:
         raise records.damaged(f"{_OURS} is not as int8compile.save writes it")
     written = {key: [records[key].size, records[key].crc] for key in records.names() if key != _OURS}

@@ -220,11 +220,17 @@ def _weight_files(source: Path) -> list[Path]:
         index = source / f"{stem}{ending}.index.json"
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()), key=str)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 problem = f"cannot be read ({error!r})"
                 raise CheckpointError("weight_map", problem, "the file of each tensor, by its key", index) from error
-            missing = [name for name in names if not (source / name).exists()]
+            strange = [
+                name for name in names if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
+            ]
+            if strange:
+                expected = f"names of files in {source}"
+                raise CheckpointError("weight_map", f"names {strange[0]!r}", expected, index)
+            missing = [name for name in names if not (source / name).is_file()]
             if missing:
                 raise CheckpointError(missing[0], f"is missing, which {index.name} names", "it", source)
             return [source / name for name in names]
@@ -352,6 +358,7 @@ def _write(written: Path, tensors: dict[str, torch.Tensor]) -> None:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{written.name} cannot be written ({error})") from error
+        shutil.copymode(written.parent / _MANIFEST, path)  # safetensors' own files are for their owner alone
 
 
 def _finish(source: Path, target: Path, plan: _Plan, began: dict[str, list[int]], files: list[Path]) -> None:

@@ -32,6 +32,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import ExportError, OptionValueError
 from int8compile.graph_text import meta_value
 from int8compile.report import GraphReport, Report
+from int8compile.training_mode import modules_in_training
 from int8compile.weights import Member, Packed, WeightStore
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,16 @@ def _exported(model: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> torch.
             raise ExportError(
                 f"export(model, ...): {name} is on the meta device, without values; load the weights first"
             )
-    if model.training:
-        log.warning(
-            "int8: export: the model is in training mode, and so is the program: dropout drops; call eval() first"
-        )
     original = getattr(model, "_orig_mod", model)  # of a module that torch.compile wrapped
+    training = modules_in_training(original)
+    if training:
+        more = f" and {len(training) - 5} more" if len(training) > 5 else ""
+        log.warning(
+            "int8: export: the model is in training mode, and so is the program: %s%s compute something else than "
+            "after eval(), such as dropout that drops; call eval() first",
+            ", ".join(name or f"the {type(original).__name__} itself" for name in training[:5]),
+            more,
+        )
     try:
         with torch.no_grad():
             return torch.export.export(original, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)

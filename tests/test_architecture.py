@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Each part may import only parts to its left.
 FLOORS = [
-    ("errors", "graph_text", "torch_internals", "size_expressions", "example_inputs"),
+    ("errors", "graph_text", "torch_internals", "size_expressions", "example_inputs", "training_mode"),
     ("config", "records", "model_json", "archive_files"),
     ("report", "nvidia", "cpu_targets", "whole_files", "tensor_records"),
     ("ops",),

@@ -210,6 +210,10 @@ def test_broken_descriptions_are_named(tmp_path):
         index.write_text(broken)
         with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: weight_map cannot be read"):
             quantize_folder(folder, tmp_path / "int8", CONFIG)
+    for strange in ("../float/model.safetensors", "a/b.safetensors", "/etc/passwd", "", "..", 3):
+        index.write_text(json.dumps({"weight_map": {"a": strange, "b": "x.safetensors"}}))
+        with pytest.raises(CheckpointError, match=r"weight_map names .*; expected names of files in"):
+            quantize_folder(folder, tmp_path / "int8", CONFIG)
     index.write_text(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OwnForCausalLM"]}))

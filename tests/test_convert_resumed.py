@@ -46,6 +46,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(source, whole, tmp_path):
     quantize_folder(source, tmp_path / "again", CONFIG)
     assert content(tmp_path / "again") == whole
     assert not any(name.startswith(".") or "tmp" in name for name in whole)
+    assert len({path.stat().st_mode for path in (tmp_path / "again").iterdir()}) == 1  # all for the same readers
 
 
 KILLED = """

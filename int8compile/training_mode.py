@@ -1,0 +1,74 @@
+"""Which of a model's modules compute something else in training mode, and are in it.
+
+A module's flag ``training`` says nothing of itself: a container or a wrapper around a model in ``eval()`` still has the
+True that it was made with, and nobody reads it. So each module is asked whether it makes a difference there:
+
+- of PyTorch's own, those that drop, that take statistics of a batch, or that draw at random, unless they are set not to
+  (a dropout of 0, a batch norm without running statistics);
+- any other if a method of its class reads ``training``, which says that it does one thing or another by it. What a
+  function beside the class reads is not seen, nor what it does by it, which may be nothing (a dropout of 0 there too).
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_OF_PYTORCH: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
+    (_InstanceNorm, lambda module: module.track_running_stats),  # before batch norms, which these are by class
+    (_BatchNorm, lambda module: module.running_mean is not None or module.track_running_stats),
+    (_DropoutNd, lambda module: module.p > 0),
+    (nn.RReLU, lambda module: module.lower != module.upper),
+    (nn.MultiheadAttention, lambda module: module.dropout > 0),
+    (nn.RNNBase, lambda module: module.dropout > 0 and module.num_layers > 1),
+)
+_DESCRIBING = ("__init__", "__repr__", "extra_repr", "__getstate__", "__setstate__", "train", "eval")
+
+
+def modules_in_training(model: nn.Module) -> list[str]:
+    """The names of a model's modules that are in training mode and would compute something else in ``eval()``."""
+    return [name for name, module in model.named_modules() if module.training and _cares(module)]
+
+
+def _cares(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return next((cares(module) for family, cares in _OF_PYTORCH if isinstance(module, family)), False)
+    return _reads_training(kind) or any(cares(module) for family, cares in _OF_PYTORCH if isinstance(module, family))
+
+
+@functools.cache
+def _reads_training(kind: type[nn.Module]) -> bool:
+    """Whether a method of a class, or of those it is made of but for PyTorch's, reads an attribute of that name."""
+    classes = [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.nn.")]
+    members = [value for cls in classes for name, value in vars(cls).items() if name not in _DESCRIBING]
+    return any(_reads(code) for member in members for code in _codes(member))
+
+
+def _codes(member: Any) -> Iterator[types.CodeType]:
+    """Of a function, whatever it is wrapped in."""
+    if isinstance(member, property):
+        yield from _codes(member.fget)
+    elif isinstance(member, (staticmethod, classmethod)):
+        yield from _codes(member.__func__)
+    elif callable(member) and not isinstance(member, type):
+        code = getattr(inspect.unwrap(member), "__code__", None)
+        if isinstance(code, types.CodeType):
+            yield code
+
+
+def _reads(code: types.CodeType) -> bool:
+    """In it or in a function within it: ``x.training``, or ``getattr(x, "training")``."""
+    for step in dis.get_instructions(code):
+        if step.argval == "training" and step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_CONST")):
+            return True
+    return any(_reads(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
