@@ -186,11 +186,9 @@ def _check(records: Records, operators: Collection[str] | None) -> None:
     for record in records.names():
         if not _KNOWN.fullmatch(record) and not _TENSORS.fullmatch(record):
             raise ProgramFileError(f"{name} holds {record!r}, which int8compile.save does not write; it is not read")
-    configs = {folder: _json(records, folder + config).get("config") for folder, config in _CONFIGS.items()}
+    configs = {folder: _json(records, folder + config) for folder, config in _CONFIGS.items()}
     pickled = [_SAMPLE_INPUTS] if records.read(_SAMPLE_INPUTS) else []
-    for config in configs.values():
-        if isinstance(config, dict):
-            pickled += [k for k, v in config.items() if isinstance(v, dict) and v.get("use_pickle") is not False]
+    pickled += [key for config in configs.values() for key in _pickled(config.get("config"))]
     if pickled:
         raise ProgramFileError(
             f"{name} holds pickled data ({', '.join(pickled)}), which may run any code; it is not read"
@@ -202,18 +200,24 @@ def _check(records: Records, operators: Collection[str] | None) -> None:
     used: set[str] = set()
     try:
         check_model(model, operators)
-        for folder, config in _CONFIGS.items():
-            check_payload(_json(records, folder + config))
-            used |= tensor_records.check(configs[folder], folder, records)
-            tensors = {**configs[folder], **tensors}
+        for folder, config in configs.items():
+            check_payload(config)
+            used |= tensor_records.check(config["config"], folder, records)
+            tensors = {**config["config"], **tensors}  # of one name, torch takes the weight
         tensor_records.check_inputs(model["graph_module"], tensors)
+    except ProgramFileError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ProgramFileError):
-            raise
         raise ProgramFileError(f"{name} holds what int8compile.save does not write; it is not read: {error}") from error
     unused = [record for record in records.names() if _TENSORS.fullmatch(record) and record not in used]
     if unused:
         raise records.damaged(f"nothing says what {unused[0]} is")
+
+
+def _pickled(config: object) -> list[str]:
+    """The tensors that are not said to be plain bytes."""
+    entries = config.items() if isinstance(config, dict) else ()
+    return [key for key, entry in entries if isinstance(entry, dict) and entry.get("use_pickle") is not False]
 
 
 def _json(records: Records, record: str, *, strict: bool = True) -> dict[str, Any]:

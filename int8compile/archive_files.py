@@ -13,13 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def archive_file(path: Path, call: str) -> Iterator[ArchiveFile]:
+def archive_file(path: Path, call: str) -> Iterator[IO[bytes]]:
     """Within the context: a file to hand to torch in place of the path.
 
     Args:
@@ -30,7 +30,7 @@ def archive_file(path: Path, call: str) -> Iterator[ArchiveFile]:
     """
     file = ArchiveFile(path)
     try:
-        yield file
+        yield cast(IO[bytes], file)
     except Exception:
         if file.problem is None and file.stopped is None:
             raise

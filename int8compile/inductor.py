@@ -9,13 +9,12 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import io
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import fx
@@ -83,7 +82,7 @@ def _patches(config: Int8Config) -> dict[str, Any]:
 
 def compile_package(
     program: torch.export.ExportedProgram,
-    path: str | io.RawIOBase,
+    path: str | IO[bytes],
     config: Int8Config,
     *,
     native: bool,

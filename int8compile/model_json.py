@@ -111,7 +111,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
     """A schema class's fields: what each holds, and whether it has to be there."""
     hints = typing.get_type_hints(kind, globalns=vars(schema))
     missing = dataclasses.MISSING
@@ -148,11 +148,13 @@ class _Check:
             self._entries(hint, value)
         elif dataclasses.is_dataclass(hint):
             _expect(type(value) is dict, "an object", value)
-            absent = [name for name, (_, needed) in _fields(hint).items() if needed and name not in value]
+            absent = [
+                name for name, (_, needed) in _fields(typing.cast(Any, hint)).items() if needed and name not in value
+            ]
             _expect(not absent, f"{', '.join(absent)} too", sorted(value))
             self._entries(hint, value)
         elif isinstance(hint, type) and issubclass(hint, enum.Enum):
-            _expect(type(value) is int and value in list(hint), f"a {hint.__name__}", value)
+            _expect(type(value) is int and value in [member.value for member in hint], f"a {hint.__name__}", value)
         elif hint is str:
             _expect(type(value) is str, "a text", value)
             self._text(field, value)

@@ -93,7 +93,8 @@ def _filling(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same for tensors of one dtype in one memory."""
     first = next(iter(tensors.values()))
     spans = {
-        name: (t.storage_offset(), _extent(t.shape, t.stride(), t.storage_offset())) for name, t in tensors.items()
+        name: (int(t.storage_offset()), _extent(t.shape, t.stride(), int(t.storage_offset())))
+        for name, t in tensors.items()
     }
     start = min((at for at, stop in spans.values() if stop), default=0)
     end = max(stop for _, stop in spans.values())

@@ -40,14 +40,14 @@ def modules_in_training(model: nn.Module) -> list[str]:
 
 
 def _cares(module: nn.Module) -> bool:
-    kind = type(module)
+    kind: Any = type(module)
     if kind.__module__.startswith("torch.nn."):
         return next((cares(module) for family, cares in _OF_PYTORCH if isinstance(module, family)), False)
     return _reads_training(kind) or any(cares(module) for family, cares in _OF_PYTORCH if isinstance(module, family))
 
 
 @functools.cache
-def _reads_training(kind: type[nn.Module]) -> bool:
+def _reads_training(kind: Any) -> bool:
     """Whether a method of a class, or of those it is made of but for PyTorch's, reads an attribute of that name."""
     classes = [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.nn.")]
     members = [value for cls in classes for name, value in vars(cls).items() if name not in _DESCRIBING]
