@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Collection
@@ -56,6 +57,7 @@ _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
     + "|".join(map(re.escape, (_OURS, _MODEL, _SAMPLE_INPUTS, *(a + b for a, b in _CONFIGS.items()))))
 )
+_one_at_a_time = threading.Lock()  # torch reads and writes programs by state that threads share
 _FROM_EXPORT = ("config", "report")
 _FIELDS = {"format_version", "int8compile", "torch", "records", "example_inputs", *_FROM_EXPORT}
 
@@ -96,7 +98,7 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
         # Of tensors with strides of their own. That they come back as they are is looked at below.
         warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
         try:
-            with archive_file(whole, "save(program, path)") as file:
+            with _one_at_a_time, archive_file(whole, "save(program, path)") as file:
                 torch.export.save(_bare(program), file)
         except NotImplementedError as error:
             raise ExportError(
@@ -142,7 +144,8 @@ def load(
         file.seek(0)
         try:
             # Of torch.export.load the part that reads; what it tries next is a format that unpickles.
-            program: torch.export.ExportedProgram = load_pt2(file).exported_programs["model"]
+            with _one_at_a_time:
+                program: torch.export.ExportedProgram = load_pt2(file).exported_programs["model"]
             program.example_inputs = zeros(about.get("example_inputs"), program)
         except Exception as error:
             raise ProgramFileError(

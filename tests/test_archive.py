@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -313,6 +314,26 @@ def test_targets_that_are_something_else(program, tmp_path):
     assert (tmp_path / "link.pt2").is_symlink()
     assert real.stat().st_mode & 0o777 == 0o640
     int8compile.load(tmp_path / "link.pt2")
+
+
+def test_threads_save_and_load(program, saved, tmp_path):
+    """At the same time, which torch itself cannot."""
+    problems = []
+
+    def work(number):
+        try:
+            for _ in range(4):
+                int8compile.save(int8compile.load(saved), tmp_path / f"{number}.pt2")
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert int8compile.load(tmp_path / "3.pt2").module()(IDS, scale=2.0)["logits"].shape == (2, 3, 24)
 
 
 def test_the_same_program_gives_the_same_bytes(program, tmp_path):
