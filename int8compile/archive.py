@@ -94,11 +94,11 @@ def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) ->
         },
         "example_inputs": described(program),
     }
-    with written_whole("save(program, path)", path) as whole, warnings.catch_warnings():
-        # Of tensors with strides of their own. That they come back as they are is looked at below.
-        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+    with written_whole("save(program, path)", path) as whole:
         try:
-            with _one_at_a_time, archive_file(whole, "save(program, path)") as file:
+            with _one_at_a_time, warnings.catch_warnings(), archive_file(whole, "save(program, path)") as file:
+                # Of tensors with strides of their own. That they come back as they are is looked at below.
+                warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
                 torch.export.save(_bare(program), file)
         except NotImplementedError as error:
             raise ExportError(

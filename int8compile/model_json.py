@@ -53,8 +53,8 @@ _FUNCTIONS = frozenset(
     + [f"torch._functorch.predispatch._vmap_{step}_nesting" for step in ("increment", "decrement")]
     + ["torch._functorch.predispatch.lazy_load_decompositions"]
 )
-# Of aten, by how their names begin: what reads files, prints or tests, and what takes a tensor's memory, or indices into
-# it, as it is told, where others look at what they are given. _reshape_alias reads what lies behind the memory.
+# Of aten, by how their names begin: what reads files, prints or tests, and what takes a tensor's memory, or indices
+# into it, as it is told, where others look at what they are given. _reshape_alias reads what lies behind the memory.
 _NOT_CALLED = (
     *("from_file", "_print", "_test_", "_debug_", "_cufft_"),
     *("set_", "_reshape_alias", "_resize_output", "_copy_from", "_index_put_impl"),

@@ -239,7 +239,7 @@ def main(path: Path, seed: int, count: int) -> None:
         else:
             try:
                 write_zip(damaged, root, damage_records(generator, records), kind == "forged")
-            except ValueError:  # what it says of itself is no JSON any more
+            except (ValueError, TypeError):  # what it says of itself is no JSON object any more
                 continue
         problem = ""
         try:

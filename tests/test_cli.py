@@ -94,3 +94,22 @@ def test_it_runs_as_a_program():
     assert "Exit codes: 0 done; 1" in " ".join(shown.split())
     assert "doctor" in shown
     assert "build" in shown
+
+
+def test_what_cannot_be_packaged_or_written_is_said_in_one_line(tmp_path):
+    """(1) a folder (2) a damaged program (3) a target that is read-only (4) a target with a file in its path."""
+    (tmp_path / "damaged.pt2").write_bytes(b"PK" + bytes(100))
+    (tmp_path / "kept.pt2").write_text("kept")
+    (tmp_path / "kept.pt2").chmod(0o444)
+    for arguments, message in (
+        (["package", str(tmp_path), "out.pt2"], "is a folder; expected a file of int8compile.save"),
+        (["package", str(tmp_path / "damaged.pt2"), "out.pt2"], "is truncated, or not a file of int8compile.save"),
+        (["export", "torch.nn:Identity", str(tmp_path / "kept.pt2")], "is read-only; remove it"),
+        (["export", "torch.nn:Identity", str(tmp_path / "kept.pt2" / "m.pt2")], "there is no folder"),
+    ):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 1, result.output
+        assert message in " ".join(result.stderr.split())
+        assert result.stdout == ""
+    assert (tmp_path / "kept.pt2").read_text() == "kept"
+    assert not (tmp_path / "out.pt2").exists()
