@@ -86,7 +86,7 @@ def _checked(call: str, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".pt2":
         raise ExportError(f"{call}: path is {str(path)!r}; expected one that ends in '.pt2'")
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{call}: there is no folder {str(target.parent)!r} to write {target.name} to")
     if target.is_dir():

@@ -139,7 +139,7 @@ def test_mistakes_within_a_models_function_keep_their_traceback(folder):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_leaves_nothing_half_written(folder, number, code):
     """The model's own function stops the process, within what writes the program."""
-    stop = f"open(args[1], 'w').close(), os.kill(os.getpid(), {int(number)})"
+    stop = f"args[1].write(b'half'), os.kill(os.getpid(), {int(number)})"
     (folder / "stopping.py").write_text(
         "import os, signal, torch\nfrom models_of_mine import tiny\n"
         # A background job of a shell without job control ignores Ctrl-C, and so do its children.
