@@ -32,7 +32,8 @@ class Weights(nn.Module):
             self.register_parameter(f"w{i}", nn.Parameter(number(K, K) / 2, requires_grad=False))
             self.register_buffer(f"b{i}", number(K))
             self.register_buffer(f"c{i}", number(4, K))
-        self.l0, self.l1, self.l2 = nn.Linear(K, K), nn.Linear(K, 2 * K, bias=False), nn.Linear(K, K)
+        with torch.random.fork_rng():
+            self.l0, self.l1, self.l2 = nn.Linear(K, K), nn.Linear(K, 2 * K, bias=False), nn.Linear(K, K)
         self.norm = nn.LayerNorm(K)
         for parameter in (*self.l0.parameters(), *self.l1.parameters(), *self.l2.parameters()):
             parameter.data = number(*parameter.shape) / 2
