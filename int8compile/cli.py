@@ -85,7 +85,7 @@ def build(as_json: AsJson = False) -> None:
     for name in native.wanted():
         start = time.perf_counter()
         with failures_to_stderr():
-            path = native.build(name)
+            path = native.build(name, keep=True)
             native.load(name)
         built[name] = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
         if not as_json:
@@ -297,11 +297,8 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
         "GPUs": ", ".join(found["gpus"]) or "none",
         "CPU kernels": _describe_kernels(kernels),
         **{tool: path or "not found" for tool, path in tools.items()},
-        "builds in": found["cache_folder"],
-        **{
-            f"library {name}": library["path"] if library["built"] else "not built yet (int8compile build)"
-            for name, library in found["libraries"].items()
-        },
+        "builds in": found["cache_folder"]["path"] or "a temporary folder",
+        **{f"library {name}": _describe_library(library) for name, library in found["libraries"].items()},
     }
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
@@ -311,6 +308,12 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
     out.print(table, highlight=False, markup=False)
     for problem in found["problems"]:
         err.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+
+
+def _describe_library(library: dict[str, Any]) -> str:
+    if library["built"]:
+        return f"{library['path']} (its checksum matches)"
+    return library["problem"] or "not built yet (int8compile build)"
 
 
 def _describe_kernels(kernels: dict[str, Any]) -> str:

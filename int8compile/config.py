@@ -173,11 +173,31 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``INT8COMPILE_CACHE_DIR``, else ``int8compile`` in the user's cache folder."""
+    """Where compiled kernels are kept: ``INT8COMPILE_CACHE_DIR``, else ``int8compile`` in the user's cache folder.
+
+    It may not be there, nor be a folder.
+
+    Raises:
+        FileNotFoundError: neither is set, and the user has no home folder.
+    """
     ours = os.environ.get("INT8COMPILE_CACHE_DIR")
     if ours:
-        return Path(ours)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8compile"
+        return _without_tilde(Path(ours)).absolute()
+    # As the XDG specification has it, a relative path is ignored; it would be another folder in every working folder.
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (base if base.is_absolute() else _without_tilde(Path("~")) / ".cache") / "int8compile"
+
+
+def _without_tilde(path: Path) -> Path:
+    """An empty or relative ``HOME`` is none: the one is taken for ``/``, the other is elsewhere in every folder."""
+    if not path.parts or not path.parts[0].startswith("~"):
+        return path
+    if path.parts[0] == "~" and os.name == "posix" and not os.path.isabs(os.environ.get("HOME", "/")):
+        raise FileNotFoundError(f"there is no home folder for a cache: HOME is {os.environ['HOME']!r}")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError("there is no home folder for a cache: HOME is not set") from error
 
 
 def cpu_isa() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import int8compile
-from int8compile import native
+from int8compile import native, native_cache
 from int8compile.config import cache_folder, cpu_isa
 from int8compile.errors import KernelBuildError
 
@@ -20,9 +20,11 @@ _OPTIONAL = ("transformers", "peft", "accelerate", "triton")
 def diagnose() -> dict[str, Any]:
     """Everything ``doctor`` prints, as JSON-able values; builds nothing.
 
-    ``problems`` lists what keeps native kernels from being used, each with the way out; empty when all is well.
+    ``problems`` lists what keeps native kernels from being used, or from being kept for the next process, each with
+    the way out; empty when all is well.
     """
     problems: list[str] = []
+    folder = _cache_folder()
     libraries = {name: _library(name) for name in native.wanted()}
     ready = all(library["built"] for library in libraries.values())
     found = {
@@ -34,9 +36,13 @@ def diagnose() -> dict[str, Any]:
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "tools": _tools([] if ready else problems),
-        "cache_folder": str(cache_folder()),
+        "cache_folder": folder,
         "libraries": libraries,
     }
+    if folder["problem"]:
+        problems.append(folder["problem"])
+    elif not (ready or folder["writable"]):
+        problems.append(f"the cache folder {folder['path']} cannot be written to: set INT8COMPILE_CACHE_DIR to another")
     found["kernels"] = _kernels(libraries["cpu"], problems)
     found["problems"] = problems
     return found
@@ -59,9 +65,25 @@ def _tools(problems: list[str]) -> dict[str, str | None]:
     return {"c++": compiler, "ninja": ninja, "nvcc": shutil.which("nvcc")}
 
 
+def _cache_folder() -> dict[str, Any]:
+    """Where builds are kept, whether they can be, and the temporary folder that this process has instead, if any."""
+    temporary = native_cache.temporary_in_use()
+    found = {"path": None, "writable": False, "problem": None, "temporary": temporary and str(temporary)}
+    try:
+        found["path"] = str(cache_folder())
+        folder = native_cache.user_folder(make=False)
+    except OSError as error:
+        return {**found, "problem": str(error)}
+    return {**found, "writable": native_cache.is_writable(folder)}
+
+
 def _library(name: str) -> dict[str, Any]:
-    path = native.library_path(name)
-    return {"path": str(path), "built": path.exists()}
+    """Where a library is or would be, whether it is there as it was built, and what is wrong with it if it is not."""
+    try:
+        place, state = native.inspect(name)
+    except KernelBuildError as error:
+        return {"path": None, "built": False, "problem": str(error)}
+    return {"path": str(place.library), "built": state.ready, "problem": state.problem}
 
 
 def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -70,7 +92,7 @@ def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     if not library["built"]:
         return kernels
     try:
-        native.load("cpu")
+        native.load("cpu", build=False)
     except (KernelBuildError, OSError, ValueError) as error:
         problems.append(f"the CPU kernels do not load: {str(error).splitlines()[0]}")
         return kernels

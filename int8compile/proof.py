@@ -1,7 +1,7 @@
 """``python -m int8compile.proof LIBRARY DEVICE``: do the wgmma kernels give the mma.sync kernel's results here?
 
-Exits with 0 if they do. Run in a process of its own by ``native.py``: a kernel that is wrong may hang, or leave a CUDA
-context that nothing else can be done with.
+Exits with 0 if they do. Run in a process of its own by ``native_wgmma.py``: a kernel that is wrong may hang, or leave a
+CUDA context that nothing else can be done with.
 """
 
 from __future__ import annotations

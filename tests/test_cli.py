@@ -36,7 +36,11 @@ def test_doctor_tells_what_is_chosen_once_built():
     assert found["torch"] == torch.__version__
     assert found["kernels"]["chosen"] in found["kernels"]["available"]
     assert "portable" in found["kernels"]["available"]
-    assert found["libraries"]["cpu"] == {"path": str(native.library_path("cpu")), "built": True}
+    assert found["libraries"]["cpu"] == {
+        "path": str(native.library_path("cpu")),
+        "built": True,
+        "problem": None,
+    }
     text = runner.invoke(app, ["doctor"])
     assert text.exit_code == 0
     assert found["kernels"]["chosen"] in text.stdout

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from importlib import resources
 from pathlib import Path
 from unittest import mock
 
@@ -14,11 +16,11 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from int8compile import native, nvidia
+from int8compile import native, native_wgmma, nvidia
 from int8compile.errors import KernelBuildError
 from int8compile.ops._library import REFERENCES
 
-SOURCES = Path(str(native.resources.files("int8compile.csrc"))) / "cuda"
+SOURCES = Path(str(resources.files("int8compile.csrc"))) / "cuda"
 KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
 _FOUND = [Path("/usr/local/cuda"), *(Path(path).parents[1] for path in [shutil.which("nvcc")] if path)]
 CUDA_HOME = next((home for home in _FOUND if (home / "include" / "cuda_runtime.h").exists()), None)
@@ -39,7 +41,7 @@ REGISTERS = {"quantize_rows": 64, "zero": 40, "gather": 48, "skinny": 96, "gemm"
 @functools.cache
 def compiled(source: str, architecture: str, standard: str = "c++17") -> tuple[str, Path]:
     """nvcc's messages about a source, and the object."""
-    folder = Path(native.tempfile.mkdtemp(prefix="int8compile-nvcc-"))
+    folder = Path(tempfile.mkdtemp(prefix="int8compile-nvcc-"))
     target = folder / f"{source}.o"
     flags = [f"-std={standard}", "-O3", *INJECTED, *nvidia.nvcc_flags((architecture,)), "-Xptxas", "-v"]
     command = [str(NVCC), *flags, "-c", str(SOURCES / source), "-o", str(target)]
@@ -207,7 +209,7 @@ class TestWgmmaProof:
         native._enable_wgmma(library)  # there is no such library, so its process fails
         assert not chosen
         assert "the wgmma kernels are not used: their proof failed" in caplog.text
-        monkeypatch.setattr(native, "_failed_proof", lambda *args: pytest.fail("was tried again"))
+        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
         native._enable_wgmma(library)
         assert not chosen
 
@@ -218,7 +220,7 @@ class TestWgmmaProof:
             texts = {path.name: path.read_text() for path in library.parent.glob("wgmma-*")}
             raise SystemExit(repr(texts))  # as far as it got
 
-        monkeypatch.setattr(native, "_failed_proof", killed)
+        monkeypatch.setattr(native_wgmma, "_failed_proof", killed)
         with pytest.raises(SystemExit, match="'wgmma-NVIDIA-H200': 'their proof did not end'"):
             native._enable_wgmma(library)
         (library.parent / "wgmma-NVIDIA-H200").write_text("their proof did not end")
@@ -228,16 +230,16 @@ class TestWgmmaProof:
 
     def test_a_proof_that_was_interrupted_is_tried_again(self, hopper, monkeypatch):
         library, chosen = hopper
-        monkeypatch.setattr(native, "_failed_proof", mock.Mock(side_effect=KeyboardInterrupt))
+        monkeypatch.setattr(native_wgmma, "_failed_proof", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             native._enable_wgmma(library)
-        monkeypatch.setattr(native, "_failed_proof", lambda *args: "")
+        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
         native._enable_wgmma(library)
         assert chosen == [True]
 
     def test_what_is_proven_is_used(self, hopper, monkeypatch):
         library, chosen = hopper
-        monkeypatch.setattr(native, "_failed_proof", lambda *args: "")
+        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
         native._enable_wgmma(library)
         native._enable_wgmma(library)
         assert chosen == [True, True]
@@ -299,7 +301,7 @@ def test_the_library_builds_loads_and_registers_without_a_gpu(tmp_path):
     cuda = str(CUDA_HOME)
     script = LOAD.format(cuda=cuda, sizes=[sizes for sizes, _ in TABLE])
     environment = {
-        **native.os.environ,
+        **os.environ,
         "INT8COMPILE_CACHE_DIR": str(tmp_path / "cache"),
         "INT8COMPILE_CUDA_ARCHS": "90a",
         "LIBRARY_PATH": str(stubs),

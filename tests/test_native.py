@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,10 @@ def test_no_compiler_is_named_and_falls_back_once(cache, monkeypatch, caplog):
 
 
 def test_compiler_errors_come_with_their_lines(cache, monkeypatch, tmp_path):
-    shutil.copytree(Path(str(native.resources.files("int8compile.csrc"))), tmp_path / "csrc")
+    shutil.copytree(Path(str(resources.files("int8compile.csrc"))), tmp_path / "csrc")
     (tmp_path / "csrc" / "common" / "stamps.cpp").unlink()  # which would only take its time
     (tmp_path / "csrc" / "common" / "release_storage.cpp").write_text("#error this cannot work\n")
-    monkeypatch.setattr(native.resources, "files", lambda package: tmp_path / "csrc")
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path / "csrc")
     with pytest.raises(KernelBuildError, match=r"do not compile(.|\n)*release_storage\.cpp(.|\n)*this cannot work"):
         native.build("common")
     assert not built(cache)
