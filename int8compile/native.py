@@ -98,6 +98,8 @@ def _warn_once(message: str) -> None:
 
 _loading = threading.Lock()
 _loaded: set[str] = set()
+# Libraries that do not load even when newly built, and why: not to be built again for every graph.
+_hopeless: dict[str, str] = {}
 
 
 def load(name: str, *, build: bool = True) -> None:
@@ -110,6 +112,8 @@ def load(name: str, *, build: bool = True) -> None:
         KernelBuildError: a missing tool, by name, the compiler's own message, or the reason why it does not load.
     """
     with _loading:
+        if name in _hopeless:
+            raise KernelBuildError(_hopeless[name])
         if name not in _loaded:
             _load(name, build)
 
@@ -134,7 +138,8 @@ def _load_library(name: str) -> Path:
         provided = provide(name, useless=Useless(provided.version, f"{provided.path} does not load ({problem})"))
         problem = _not_loaded(provided.path)
     if problem is not None:
-        raise KernelBuildError(f"the {name} kernels do not load, although they have just been built: {problem}")
+        _hopeless[name] = f"the {name} kernels do not load, although they have just been built: {problem}"
+        raise KernelBuildError(_hopeless[name])
     _tell(provided)
     return provided.path
 
@@ -152,7 +157,7 @@ def _not_loaded(library: Path) -> str | None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return str(error)
+        return str(error.__cause__ or error)  # torch says which library, the system why
     return None
 
 

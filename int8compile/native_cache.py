@@ -144,7 +144,7 @@ def _new_temporary(parent: str) -> Path:
 
 def _remove_temporary(process: int) -> None:
     if process == os.getpid():  # not in a child that was forked
-        shutil.rmtree(_temporary.pop(process), ignore_errors=True)
+        shutil.rmtree(_temporary.pop(process, ""), ignore_errors=True)
 
 
 def temporary_in_use() -> Path | None:

@@ -5,10 +5,11 @@ In processes of their own, ``from tiny_library import define; define(folder)`` c
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from int8compile import native
+from int8compile import native, native_cache
 
 SOURCE = 'extern "C" int int8compile_tiny() { return 42; }\n'
 
@@ -30,6 +31,8 @@ def defined(folder: Path, source: str = SOURCE) -> Iterator[None]:
     finally:
         del native.LIBRARIES["tiny"]
         native._loaded.discard("tiny")
+        native._hopeless.pop("tiny", None)
+        native_cache._remove_temporary(os.getpid())
 
 
 def works(library: Path) -> bool:
