@@ -297,7 +297,7 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
         "GPUs": ", ".join(found["gpus"]) or "none",
         "CPU kernels": _describe_kernels(kernels),
         **{tool: path or "not found" for tool, path in tools.items()},
-        "builds in": found["cache_folder"]["path"] or "a temporary folder",
+        "builds in": _describe_folder(found["cache_folder"]),
         **{f"library {name}": _describe_library(library) for name, library in found["libraries"].items()},
     }
     table = Table(show_header=False, box=None)
@@ -308,6 +308,14 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
     out.print(table, highlight=False, markup=False)
     for problem in found["problems"]:
         err.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+
+
+def _describe_folder(folder: dict[str, Any]) -> str:
+    if folder["temporary"]:
+        return f"a temporary folder takes its place: {folder['temporary']}"
+    if folder["path"] is None:
+        return "a temporary folder of each process"
+    return f"{folder['path']}{'' if folder['writable'] else ' (cannot be written to)'}"
 
 
 def _describe_library(library: dict[str, Any]) -> str:

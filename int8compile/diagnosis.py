@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shutil
@@ -69,10 +70,11 @@ def _cache_folder() -> dict[str, Any]:
     """Where builds are kept, whether they can be, and the temporary folder that this process has instead, if any."""
     temporary = native_cache.temporary_in_use()
     found = {"path": None, "writable": False, "problem": None, "temporary": temporary and str(temporary)}
-    try:
+    with contextlib.suppress(OSError):
         found["path"] = str(cache_folder())
+    try:
         folder = native_cache.user_folder(make=False)
-    except OSError as error:
+    except native_cache.CacheError as error:
         return {**found, "problem": str(error)}
     return {**found, "writable": native_cache.is_writable(folder)}
 

@@ -241,8 +241,40 @@ class TestWgmmaProof:
         library, chosen = hopper
         monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
         native._enable_wgmma(library)
+        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
         native._enable_wgmma(library)
         assert chosen == [True, True]
+
+    @pytest.mark.parametrize("kind", ["empty", "others may write", "a link", "a folder"])
+    def test_a_verdict_that_is_cut_or_planted_is_none(self, hopper, monkeypatch, kind):
+        library, chosen = hopper
+        verdict = library.parent / "wgmma-NVIDIA-H200"
+        if kind == "a folder":
+            verdict.mkdir()
+        elif kind == "a link":
+            verdict.with_name("elsewhere").write_text("proven")
+            verdict.symlink_to("elsewhere")
+        else:
+            verdict.write_text("" if kind == "empty" else "proven")
+            verdict.chmod(0o666 if kind == "others may write" else 0o644)
+        proof = mock.Mock(return_value="it is wrong")
+        monkeypatch.setattr(native_wgmma, "_failed_proof", proof)
+        native._enable_wgmma(library)
+        proof.assert_called_once()
+        assert not chosen
+        assert kind == "a folder" or verdict.read_text() == "it is wrong"
+        assert verdict.is_dir() or verdict.stat().st_mode & 0o022 == 0
+
+    def test_a_verdict_that_cannot_be_kept_is_found_again(self, hopper, monkeypatch):
+        library, chosen = hopper
+        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
+        monkeypatch.setattr(native_wgmma.tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
+        monkeypatch.setattr(
+            native_wgmma.native_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only"))
+        )
+        native._enable_wgmma(library)
+        assert chosen == [True]
+        assert not list(library.parent.iterdir())
 
 
 LOAD = """

@@ -29,7 +29,7 @@ def check(owner: int, mode: int, group: int = STAFF, *, above: bool = False) -> 
 @pytest.fixture
 def be(monkeypatch):
     """Run as some user."""
-    return lambda *user: monkeypatch.setattr(native_trust, "current_user", lambda: user and User(*user) or None)
+    return lambda *user: monkeypatch.setattr(native_trust, "current_user", lambda: (user and User(*user)) or None)
 
 
 @pytest.fixture
