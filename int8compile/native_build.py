@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -170,7 +171,9 @@ def _tools_in_environment(folder: Path) -> Iterator[None]:
     Some versions of torch give ``$CXX`` to a shell as it is and others as one quoted word, and none takes an empty one.
     A name of letters and digits is the same to all of them, so anything else becomes a script with such a name.
     """
-    changed: dict[str, str | None] = {"PATH": _path_with_ninja()}
+    changed: dict[str, str | None] = {"PATH": _path_with_ninja(), "TMPDIR": str(folder)}
+    with contextlib.suppress(OSError):
+        changed["TMPDIR"] = tempfile.gettempdir()  # which can be written to; compilers take what is set, and fail
     if not os.environ.get("CC", "c").strip():
         changed["CC"] = None  # nvcc would be given the empty name
     command = _compiler_command()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +124,18 @@ def test_the_environment_is_restored_whatever_happens(folder, monkeypatch):
     monkeypatch.delenv("CXX")
     with native_build._tools_in_environment(folder):
         assert os.environ["CC"] == "gcc"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_compiler_does_without_the_users_temporary_folder(folder, monkeypatch, tmp_path, found):
+    """It would take $TMPDIR, whatever that is."""
+    monkeypatch.setenv("TMPDIR", "/proc")
+
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", (lambda: str(tmp_path)) if found else none)
+    assert build(folder)
 
 
 def test_building_loads_nothing(folder):
