@@ -54,6 +54,15 @@ def test_a_cache_folder_that_is_refused(cache):
     assert found["kernels"]["chosen"] is None
 
 
+def test_nothing_is_built_for_keeps_where_it_cannot_be_kept(cache):
+    cache.touch()
+    done = runner.invoke(app, ["build", "--json"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert (
+        f"the cpu kernels cannot be kept: the cache folder {cache} is not used: {cache} is not a folder" in done.stderr
+    )
+
+
 def test_no_home(monkeypatch):
     for name in ("INT8COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -136,6 +136,8 @@ def test_the_compiler_does_without_the_users_temporary_folder(folder, monkeypatc
 
     monkeypatch.setattr(tempfile, "gettempdir", (lambda: str(tmp_path)) if found else none)
     assert build(folder)
+    with native_build._tools_in_environment(folder):
+        assert os.environ["TMPDIR"] == str(tmp_path if found else folder)
 
 
 def test_building_loads_nothing(folder):

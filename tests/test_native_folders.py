@@ -134,6 +134,23 @@ class TestFoldersThatWillNotDo:
         monkeypatch.chdir(tmp_path)
         assert "there is no home folder for a cache: HOME is " in built_elsewhere()
 
+    def test_a_folder_that_another_process_makes_first(self, cache, built_elsewhere, monkeypatch):
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            folder.chmod(0o777)
+
+        monkeypatch.setattr(native_cache, "_make", make)
+        assert f"every user may write to {cache}" in built_elsewhere()
+
+    def test_a_relative_cache_folder_is_none(self, cache, monkeypatch, tmp_path):
+        """As the XDG specification has it; and one that begins with ~ is in the user's home, though no shell saw it."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setenv("INT8COMPILE_CACHE_DIR", "~/cache")
+        assert native.library_path("tiny").is_relative_to(cache)
+        monkeypatch.delenv("INT8COMPILE_CACHE_DIR")
+        assert native.library_path("tiny").is_relative_to(tmp_path.resolve() / ".cache" / "int8compile")
+
     def test_a_home_that_is_not_there_is_made(self, cache, monkeypatch):
         for name in ("INT8COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)

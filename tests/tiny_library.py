@@ -6,7 +6,9 @@ In processes of their own, ``from tiny_library import define; define(folder)`` c
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +46,10 @@ def defined(folder: Path, source: str = SOURCE) -> Iterator[None]:
 
 
 def works(library: Path) -> bool:
-    """Whether the file is the library, by running it."""
-    return ctypes.CDLL(str(library)).int8compile_tiny() == 42
+    """Whether the file is the library, by running a copy: what is loaded from one path stays what it was at first."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(library, Path(folder) / "copy.so")
+        return ctypes.CDLL(str(copy)).int8compile_tiny() == 42
 
 
 def copying(library: Path) -> Callable[[str, Path], Path]:
