@@ -47,7 +47,7 @@ def defined(folder: Path, source: str = SOURCE) -> Iterator[None]:
 
 def works(library: Path) -> bool:
     """Whether the file is the library, by running a copy: what is loaded from one path stays what it was at first."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         copy = shutil.copy(library, Path(folder) / "copy.so")
         return ctypes.CDLL(str(copy)).int8compile_tiny() == 42
 
