@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import filelock
 
@@ -178,9 +178,9 @@ def _describe(path: Path, error: OSError) -> str:
     return str(error) if isinstance(error, Untrusted) else f"{path} cannot be read ({error.strerror})"
 
 
-def _digest(file: object) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # type: ignore[attr-defined]
+    while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -108,8 +108,8 @@ def check_own_folder(path: Path) -> None:
     _check(path, os.lstat(path), stat.S_ISDIR, "a folder", above=False)
 
 
-def _check(path: Path, status: os.stat_result, is_kind: object, kind: str, *, above: bool) -> None:
-    if not is_kind(status.st_mode):  # type: ignore[operator]
+def _check(path: Path, status: os.stat_result, is_kind: Callable[[int], bool], kind: str, *, above: bool) -> None:
+    if not is_kind(status.st_mode):
         raise Untrusted(f"{path} is not {kind}", _ELSEWHERE)
     user = current_user()
     if user is None:
