@@ -1,8 +1,8 @@
 """Run a program in float and in int8 and tell whether they agree up to the noise that int8 has in that program.
 
 How large that is depends on the program, so it is measured: the program is run in float with what every product reads
-rounded to 8 bits, in two different ways, and in many more where that noise does not explain a difference. (A program can
-ask which values are above 0, and make much of those that noise has moved across.)
+rounded to 8 bits, in two different ways, and in many more where that noise does not explain a difference. (A program
+can ask which values are above 0, and make much of those that noise has moved across.)
 """
 
 from __future__ import annotations
