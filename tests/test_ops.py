@@ -9,12 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from int8compile import native
 from int8compile.ops import linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import MAX_IN_FEATURES, REFERENCES
-from int8compile.ops.int_product import _cublas_product, _fp32_product, int8_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One rounding to the output's dtype, and the rounding of residuals to the input's.
@@ -110,50 +108,6 @@ class TestQuantizeRowwise:
         assert codes.shape == (24, 8)
         assert scale.shape == (24,)
         assert columns.shape == (8,)
-
-
-class TestInt8Product:
-    @pytest.mark.parametrize("k", [1, 3, 100, 1024, 1025, 4100, MAX_IN_FEATURES])
-    def test_extreme_codes_are_exact(self, k):
-        a = torch.full((2, k), 127, dtype=torch.int8)
-        b = torch.stack([a[0], -a[0], a[0] * torch.tensor([1, -1], dtype=torch.int8).repeat(k // 2 + 1)[:k]])
-        want = (a.long() @ b.long().t()).to(torch.int32)
-        assert torch.equal(int8_product(a, b), want)
-        assert torch.equal(_fp32_product(a, b.float()), want)
-
-    @given(m=st.integers(0, 40), n=st.integers(0, 40), k=st.integers(0, 2100), seed=st.integers(0, 99))
-    @settings(max_examples=40, deadline=None)
-    def test_any_shape_is_exact(self, m, n, k, seed):
-        generator = torch.Generator().manual_seed(seed)
-        a = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
-        b = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
-        want = (a.long() @ b.long().t()).to(torch.int32)
-        assert torch.equal(int8_product(a, b), want)
-        assert torch.equal(_fp32_product(a, b.float()), want)
-
-    @pytest.mark.parametrize(
-        ("m", "n", "k"), [(1, 5, 3), (16, 8, 8), (17, 9, 100), (40, 1, 1025), (0, 5, 3), (3, 0, 9), (3, 4, 0)]
-    )
-    @pytest.mark.parametrize("dynamic", [False, True])
-    def test_the_padded_cublas_call_is_exact_and_within_its_limits(self, monkeypatch, m, n, k, dynamic):
-        """cuBLASLt takes M > 16 and multiples of 8 above 0; ``_int_mm`` of the CPU stands in for it here."""
-        real = torch._int_mm
-
-        def cublas(a, b):
-            assert a.shape[0] > 16
-            assert a.shape[1] % 8 == b.shape[1] % 8 == 0
-            assert min(a.shape[1], b.shape[1]) > 0
-            return real(a, b)
-
-        a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-        b = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-        want = (a.long() @ b.long().t()).to(torch.int32)
-        if dynamic:
-            traced = make_fx(_cublas_product, tracing_mode="symbolic")(a, b)  # as inductor takes the operator apart
-            assert torch.equal(traced(a, b), want)
-        else:
-            monkeypatch.setattr(torch, "_int_mm", cublas)
-            assert torch.equal(_cublas_product(a, b), want)
 
 
 @pytest.mark.usefixtures("_each_provider")

@@ -2,18 +2,38 @@
 
 Three routes, all bit-exact:
 
-* CPUs with int8 dot products (VNNI, AMX): ``torch._int_mm``.
+* CPUs with int8 dot products (VNNI, AMX): ``torch._int_mm`` on row-major operands (see below).
 * CUDA: ``torch._int_mm`` (cuBLASLt) on operands padded to the shapes it takes.
 * anything else: fp32 products over slices of K short enough that every partial sum is an integer below 2**24,
   which fp32 holds exactly. On an AVX2 CPU ``_int_mm`` is a scalar loop, 30 times slower than this.
+
+On CPUs with int8 dot products ``torch._int_mm(a, b.t())`` hands the operands' strides to oneDNN, which takes some of
+them for another layout and computes wrong numbers, silently. Tried with torch 2.13 on AVX512-VNNI, nineteen layouts of
+each operand:
+
+* right: row-major and transposed operands, slices and steps of them, storage offsets, as long as no size is 1;
+* wrong: a stride of 0 (expanded rows or columns) or rows that overlap, of either operand; K = 1 with b row-major, whose
+  strides are (1, 1); a single row whose stride, which means nothing, is below K, such as one that was expanded. torch
+  calls the last two contiguous, so ``contiguous()`` leaves them as they are.
+
+What is wrong in all of these is that strides say less than the shape does. So both operands are made row-major with at
+least two rows and two columns, where strides have one meaning and ``contiguous()`` is exact. That copies an operand
+only if it is not so already, and in a traced graph it holds for whatever layout inductor chooses: its buffers are
+dense, and without a size of 1 a dense one is row-major or transposed.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
 _EXACT_IN_FP32 = 1024  # 127 * 127 * 1024 < 2**24
+
+
+def cpu_multiplies_int8() -> bool:
+    """Whether this CPU has int8 dot products, so that ``torch._int_mm`` is fast; tests say what it has."""
+    return torch.cpu._is_vnni_supported()
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor, b_float: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,8 +44,8 @@ def int8_product(a: torch.Tensor, b: torch.Tensor, b_float: torch.Tensor | None 
     """
     if a.device.type == "cuda":
         return _cublas_product(a, b)
-    if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return _int_mm(a, b)
+    if a.device.type == "cpu" and cpu_multiplies_int8():
+        return _onednn_product(a, b)
     return _fp32_product(a, b.float() if b_float is None else b_float)
 
 
@@ -38,6 +58,18 @@ def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _int_mm(_row_major(a), _row_major(b))[: a.shape[0], : b.shape[0]]
+
+
+def _row_major(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [R, K] row-major, with zeros added to what is less than two rows or two columns; they change no sum."""
+    rows, columns = codes.shape
+    if not (statically_known_true(rows >= 2) and statically_known_true(columns >= 2)):
+        codes = pad(codes, (0, torch.sym_max(2 - columns, 0), 0, torch.sym_max(2 - rows, 0)))
+    return codes.contiguous()
 
 
 def _cublas_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
