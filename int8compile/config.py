@@ -20,6 +20,9 @@ from int8compile.errors import OptionNameError, OptionValueError
 PASS_NAMES = ("expand", "group", "normalize", "quantize", "share", "merge", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
+#: The smallest normal float32. A CPU that flushes subnormal numbers compares with a threshold below it as if it were 0,
+#: which every value reaches; the numbers that are rounded to 0 are among those.
+SMALLEST_THRESHOLD = 2.0**-126
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -29,7 +32,8 @@ class Int8Config:
 
     Args:
         llm_int8_threshold: features that reach this magnitude in any row are multiplied in 16 bits
-            (LLM.int8(), section 3.2). Any real number >= 0; 0 turns the decomposition off.
+            (LLM.int8(), section 3.2). 0 turns the decomposition off; anything else is at least 2**-126. With infinity,
+            infinite values alone are multiplied so.
         llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
             dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
         llm_int8_has_fp16_weight: keep the weights as they are, so that they can train, and quantise them at each
@@ -151,9 +155,15 @@ def _from_bitsandbytes(config: object) -> dict[str, Any]:
 
 
 def _threshold(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < 0:
-        raise OptionValueError("llm_int8_threshold", value, "a real number >= 0 (0 turns outlier decomposition off)")
-    return float(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float holds
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    if not (value == 0 or number >= SMALLEST_THRESHOLD) or math.isnan(number):
+        expected = "a real number >= 0: either 0, which turns outlier decomposition off, or at least 2**-126 (1.2e-38)"
+        raise OptionValueError("llm_int8_threshold", value, expected)
+    return abs(number)
 
 
 def _names(option: str, value: object) -> tuple[str, ...]:

@@ -206,7 +206,7 @@ def test_bad_arguments_are_named(emulator):
         ((x[:, :7], weight, scale, None, 6.0), "so it takes 24 features, but x has 7"),
         ((x, weight, scale[:6], None, 6.0), r"weight_scale is Float \[6\] on cpu; expected Float \[7\] on cpu"),
         ((x, weight, scale, torch.ones(6), 6.0), r"bias is \[6\] on cpu; expected \[7\]"),
-        ((x, weight, scale, None, -1.0), "threshold=-1; expected >= 0"),
+        ((x, weight, scale, None, -1.0), "threshold=-1; expected 0"),
         ((x, weight, scale, None, 6.0, "row"), "outlier_policy='row'; expected 'column' or 'element'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -50,31 +50,31 @@ Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
     c10::string_view outlier_policy) {
   check_activation("linear", x);
-  check_threshold("linear", threshold);
+  const float least = checked_threshold("linear", threshold);
   check_outlier_policy("linear", outlier_policy);
   check_weight("linear", x, weight, weight_scale, bias);
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());
   const Operands operands(weight, weight_scale, bias, out);
-  const float residual_from = outlier_policy == "element" ? float(threshold) : 0.0f;
-  quantized_linear(activation(values), threshold > 0, float(threshold), residual_from, operands.product);
+  const float residual_from = outlier_policy == "element" ? least : 0.0f;
+  quantized_linear(activation(values), least > 0, least, residual_from, operands.product);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
   check_activation("quantize_rowwise", x);
-  check_threshold("quantize_rowwise", threshold);
+  const float least = checked_threshold("quantize_rowwise", threshold);
   const Tensor values = x.contiguous();
   const Activation rows = activation(values);
   Tensor codes = at::empty({rows.rows, rows.k}, x.options().dtype(at::kChar));
   Tensor scale = at::empty({rows.rows}, x.options().dtype(at::kFloat));
   Tensor outliers = at::empty({rows.k}, x.options().dtype(at::kBool));
   auto* flags = static_cast<uint8_t*>(outliers.mutable_data_ptr());
-  if (threshold == 0) {
+  if (least == 0) {
     outliers.zero_();
     flags = nullptr;
   }
-  quantize_rows(rows, float(threshold), codes.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), flags);
+  quantize_rows(rows, least, codes.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), flags);
   return {codes, scale, outliers};
 }
 
@@ -91,6 +91,7 @@ Tensor scaled_mm(
   }
   check_weight(op, x, weight, weight_scale, bias);
   INT8COMPILE_CHECK(is_float(out_dtype), op, "out_dtype=", out_dtype, "; expected float32, float16 or bfloat16");
+  const float least = checked_residual_from(op, residual_from);
 
   const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
   const Tensor values = outliers.has_value() ? x.contiguous() : x;  // read for residuals alone
@@ -99,7 +100,7 @@ Tensor scaled_mm(
   const Operands operands(weight, weight_scale, bias, out);
   scaled_product(
       activation(values), codes.const_data_ptr<int8_t>(), scales.const_data_ptr<float>(),
-      flags.defined() ? static_cast<const uint8_t*>(flags.const_data_ptr()) : nullptr, float(residual_from),
+      flags.defined() ? static_cast<const uint8_t*>(flags.const_data_ptr()) : nullptr, least,
       operands.product);
   return out;
 }

@@ -50,9 +50,10 @@ template <class Vec, class T>
 inline float row_absmax(const T* x, int64_t k, float threshold, uint8_t* outliers) {
   Vec most = Vec::all(0.0f);
   const Vec limit = Vec::all(threshold);
-  const auto step = [&](Vec v, int64_t at) {
+  // Of the lanes that are not in the row, which hold 0, none is flagged: a threshold that compares as 0 would.
+  const auto step = [&](Vec v, int64_t at, unsigned lanes) {
     if (outliers != nullptr) {
-      if (const unsigned mask = v.take_outliers(limit)) {
+      if (const unsigned mask = v.take_outliers(limit) & lanes) {
         flag(mask, outliers + at);
       }
     }
@@ -60,10 +61,10 @@ inline float row_absmax(const T* x, int64_t k, float threshold, uint8_t* outlier
   };
   int64_t at = 0;
   for (; at + Vec::width <= k; at += Vec::width) {
-    step(Vec::load(x + at), at);
+    step(Vec::load(x + at), at, ~0u);
   }
   if (at < k) {
-    step(load_first<Vec>(x + at, k - at), at);
+    step(load_first<Vec>(x + at, k - at), at, (1u << (k - at)) - 1);
   }
   return largest_lane(most);
 }

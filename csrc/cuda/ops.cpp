@@ -10,7 +10,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <atomic>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -31,12 +30,6 @@ Float float_type(at::ScalarType type) {
 
 Activation activation(const Tensor& x) {
   return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
-}
-
-// As float, and above 0 where it was.
-float to_threshold(double threshold) {
-  const float rounded = static_cast<float>(threshold);
-  return threshold > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;
 }
 
 std::atomic<bool> use_wgmma{false};
@@ -82,16 +75,15 @@ Tensor linear(
     c10::string_view outlier_policy) {
   constexpr const char* op = "linear";
   check_activation(op, x);
-  check_threshold(op, threshold);
+  const float least = checked_threshold(op, threshold);
   check_outlier_policy(op, outlier_policy);
   check_weight(op, x, weight, weight_scale, bias);
   const c10::DeviceGuard guard(x.device());
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());
   const Operands operands(weight, weight_scale, bias, out);
-  const float from = to_threshold(threshold);
   const Problem problem{
-      activation(values), operands.product, {from, outlier_policy == "element" ? from : 0.0f}, choice()};
+      activation(values), operands.product, {least, outlier_policy == "element" ? least : 0.0f}, choice()};
   const Gpu gpu = current_gpu();
   const Tensor scratch = scratch_memory(linear_scratch(problem, gpu), x);
   check_launch(op, run_linear(problem, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
@@ -101,7 +93,7 @@ Tensor linear(
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
   constexpr const char* op = "quantize_rowwise";
   check_activation(op, x);
-  check_threshold(op, threshold);
+  const float least = checked_threshold(op, threshold);
   const c10::DeviceGuard guard(x.device());
   const Tensor values = x.contiguous();
   const Activation rows = activation(values);
@@ -112,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double thre
   const Quantized q{
       codes.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(),
       static_cast<uint8_t*>(flags.mutable_data_ptr())};
-  check_launch(op, run_quantize(rows, to_threshold(threshold), q, current_stream(x.device())));
+  check_launch(op, run_quantize(rows, least, q, current_stream(x.device())));
   return {codes, scale, flags};
 }
 
@@ -129,6 +121,7 @@ Tensor scaled_mm(
   }
   check_weight(op, x, weight, weight_scale, bias);
   INT8COMPILE_CHECK(is_float(out_dtype), op, "out_dtype=", out_dtype, "; expected float32, float16 or bfloat16");
+  const float least = checked_residual_from(op, residual_from);
 
   const c10::DeviceGuard guard(x.device());
   const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
@@ -136,7 +129,7 @@ Tensor scaled_mm(
   const Tensor flags = outliers.has_value() ? outliers->contiguous() : Tensor();
   Tensor out = empty_output(x, weight, out_dtype);
   const Operands operands(weight, weight_scale, bias, out);
-  const Problem problem{activation(values), operands.product, {0.0f, to_threshold(residual_from)}, choice()};
+  const Problem problem{activation(values), operands.product, {0.0f, least}, choice()};
   const Quantized quantized{
       const_cast<int8_t*>(codes.const_data_ptr<int8_t>()), const_cast<float*>(scales.const_data_ptr<float>()),
       flags.defined() ? static_cast<uint8_t*>(const_cast<void*>(flags.const_data_ptr())) : nullptr};

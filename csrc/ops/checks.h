@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
@@ -54,8 +55,22 @@ inline void check_activation(const char* op, const at::Tensor& x) {
       is_float(x.scalar_type()), op, "x has dtype ", x.scalar_type(), "; expected float32, float16 or bfloat16");
 }
 
-inline void check_threshold(const char* op, double threshold) {
-  INT8COMPILE_CHECK(threshold >= 0, op, "threshold=", threshold, "; expected >= 0 (0 turns outliers off)");
+// A magnitude that activations are compared with: 0, or one that is above 0 as a float, too, even where subnormal numbers
+// are flushed to 0, which every activation reaches.
+inline float checked_threshold(const char* op, const char* name, double value, const char* meaning_of_0) {
+  INT8COMPILE_CHECK(
+      value == 0 || value >= 0x1p-126, op, name, "=", value, "; expected 0 (", meaning_of_0,
+      ") or at least 2**-126 (1.2e-38)");
+  static_assert(std::numeric_limits<float>::is_iec559, "what no float reaches becomes infinity");
+  return static_cast<float>(value);
+}
+
+inline float checked_threshold(const char* op, double threshold) {
+  return checked_threshold(op, "threshold", threshold, "no outliers");
+}
+
+inline float checked_residual_from(const char* op, double residual_from) {
+  return checked_threshold(op, "residual_from", residual_from, "whole columns");
 }
 
 inline void check_outlier_policy(const char* op, c10::string_view policy) {

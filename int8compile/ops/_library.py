@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from int8compile.config import SMALLEST_THRESHOLD
+
 LIBRARY = torch.library.Library("int8compile", "DEF")
 
 #: operator -> reference body, for compiling the reference itself through inductor
@@ -49,6 +51,12 @@ def check(condition: bool, op: str, problem: str) -> None:
 def check_activation(op: str, x: torch.Tensor) -> None:
     check(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]")
     check(x.dtype in FLOAT_DTYPES, op, f"x has dtype {x.dtype}; expected float32, float16 or bfloat16")
+
+
+def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None:
+    """Check a magnitude that activations are compared with: 0, or one that is above 0 as a float32, too."""
+    if not (value == 0 or value >= SMALLEST_THRESHOLD):
+        check(False, op, f"{name}={value:g}; expected 0 ({meaning_of_0}) or at least 2**-126 (1.2e-38)")
 
 
 def check_weight(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import check, check_activation, check_weight, define
+from int8compile.ops._library import check, check_activation, check_threshold, check_weight, define
 from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.quantize_rowwise import quantize_reference
 from int8compile.ops.scaled_mm import product
@@ -29,7 +29,7 @@ def _check(
     outlier_policy: str,
 ) -> None:
     check_activation("linear", x)
-    check(threshold >= 0, "linear", f"threshold={threshold}; expected >= 0 (0 turns outlier decomposition off)")
+    check_threshold("linear", "threshold", threshold, "no outliers")
     check(
         outlier_policy in ("column", "element"),
         "linear",

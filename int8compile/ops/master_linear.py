@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, MAX_IN_FEATURES, check, check_activation, define
+from int8compile.ops._library import FLOAT_DTYPES, MAX_IN_FEATURES, check, check_activation, check_threshold, define
 from int8compile.ops.input_gradient import bias_gradient
 from int8compile.ops.quantize_rowwise import quantize_rowwise, rows
 from int8compile.ops.quantize_weight import quantize_weight
@@ -42,7 +42,7 @@ def _check(
         f"weight is {list(weight.shape)} and x has {x.shape[-1]} features; expected as many, up to {MAX_IN_FEATURES}",
     )
     check(bias is None or tuple(bias.shape) == (n,), "master_linear", f"bias is not [{n}]")
-    check(threshold >= 0, "master_linear", f"threshold={threshold}; expected >= 0 (0 turns outliers off)")
+    check_threshold("master_linear", "threshold", threshold, "no outliers")
     check(
         outlier_policy in ("column", "element"),
         "master_linear",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from int8compile.ops._library import check, check_activation, define
+from int8compile.ops._library import check_activation, check_threshold, define
 from int8compile.ops.quantize_weight import row_absmax, row_codes
 
 
 def _check(x: torch.Tensor, threshold: float) -> None:
     check_activation("quantize_rowwise", x)
-    check(threshold >= 0, "quantize_rowwise", f"threshold={threshold}; expected >= 0 (0 turns outliers off)")
+    check_threshold("quantize_rowwise", "threshold", threshold, "no outliers")
 
 
 def _fake(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, check, check_activation, check_weight, define
+from int8compile.ops._library import FLOAT_DTYPES, check, check_activation, check_threshold, check_weight, define
 from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.int_product import int8_product
 from int8compile.ops.quantize_rowwise import rows
@@ -64,6 +64,7 @@ def _check(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    residual_from: float,
 ) -> None:
     check_activation("scaled_mm", x)
     m, k = rows(x), x.shape[-1]
@@ -80,6 +81,7 @@ def _check(
         )
     check_weight("scaled_mm", k, weight, weight_scale, bias)
     check(out_dtype in FLOAT_DTYPES, "scaled_mm", f"out_dtype={out_dtype}; expected float32, float16 or bfloat16")
+    check_threshold("scaled_mm", "residual_from", residual_from, "whole columns")
 
 
 def _kind(tensor: torch.Tensor | None) -> str:
@@ -97,7 +99,7 @@ def _fake(
     out_dtype: torch.dtype,
     residual_from: float = 0.0,
 ) -> torch.Tensor:
-    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype)
+    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
@@ -112,7 +114,7 @@ def _reference(
     out_dtype: torch.dtype,
     residual_from: float = 0.0,
 ) -> torch.Tensor:
-    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype)
+    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
     return product(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
 
 
