@@ -78,7 +78,9 @@ inline float quantize_row(const T* x, int64_t k, float threshold, int8_t* codes,
   // A row with a NaN or, undetected, an Inf in it: every code of the reference is NaN or a multiple of 0 there.
   const bool finite = absmax <= std::numeric_limits<float>::max();
   if (absmax == 0 || !finite) {
-    std::memset(codes, 0, k);
+    if (k > 0) {  // else the codes may be nowhere
+      std::memset(codes, 0, k);
+    }
     return scale;
   }
   const Vec inverse = Vec::all((1.0f / absmax) * 127.0f);  // two roundings, as torch's 127.0 / tensor has

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
 #include "registers.h"
 #include "tiles.h"
 

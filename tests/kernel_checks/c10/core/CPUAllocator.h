@@ -1,4 +1,5 @@
-// c10's CPU allocator for programs without torch: exactly as large as asked for, at multiples of 64, as c10's are.
+// c10's CPU allocator for programs without torch: exactly as large as asked for, at multiples of 64, null for nothing, as
+// c10's are.
 
 #pragma once
 
@@ -13,7 +14,7 @@ using DataPtr = std::unique_ptr<void, void (*)(void*)>;
 struct Allocator {
   DataPtr allocate(size_t bytes) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes) != 0) {
+    if (bytes > 0 && posix_memalign(&memory, 64, bytes) != 0) {
       std::abort();
     }
     return DataPtr(memory, std::free);

@@ -1,11 +1,12 @@
-// Runs csrc/cpu's providers for instruction sets that this machine may not have, on emulated ones.
+// Runs csrc/cpu's providers, on this machine's instructions or on emulated ones.
 //
 //   check kernels NAME   each function of a provider against the portable one's and against plain loops, on memory of
 //                        exactly the right size
 //   check product NAME   whole calls through product.cpp, with threads
+//   check here           both, for every provider that this machine has; prints their names
 //   check selfcheck      that the self-check passes right providers and rejects wrong ones
 //
-// Prints a line and exits with 1 at the first difference; aborts where a CPU would raise.
+// Prints a line and exits with 1 at the first difference; aborts where an emulated CPU would raise.
 
 #include "check.h"
 
@@ -24,10 +25,12 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+#if defined(INT8COMPILE_EMULATED_ISA)
 // What avxvnni.cpp takes over from AVX2's provider, which runs on the machines that test this, is not emulated.
 const Kernels* avx2_kernels() {
   return portable_kernels();
 }
+#endif
 
 }  // namespace int8compile
 
@@ -88,14 +91,30 @@ void check_selfcheck() {
   expect(providers.names() == "amx portable", "names are ", providers.names());
 }
 
+void check_all(const Kernels* use) {
+  chosen = use;
+  check_kernels(*use);
+  check_extremes(*use);
+  check_product(&chosen);
+}
+
 }  // namespace
 
 int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "";
   if (what == "selfcheck") {
     check_selfcheck();
+  } else if (what == "here") {
+    const std::string names = providers().names();
+    expect(providers().rejected().empty(), "rejected: ", providers().rejected());
+    for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni", "amx"}) {
+      if (const Kernels* use = providers().named(name)) {
+        check_all(use);
+      }
+    }
+    std::printf("%s\n", names.c_str());
   } else {
-    expect(count == 3, "usage: check kernels|product NAME, or check selfcheck");
+    expect(count == 3, "usage: check kernels|product NAME, check here, or check selfcheck");
     const Kernels* table[] = {amx_kernels(), avx512vnni_kernels(), avxvnni_kernels(), portable_kernels()};
     for (const Kernels* use : table) {
       if (std::string(use->name) == words[2]) {
@@ -103,7 +122,12 @@ int main(int count, char** words) {
       }
     }
     expect(std::string(chosen->name) == words[2], "no provider ", words[2]);
-    what == "kernels" ? check_kernels(*chosen) : check_product(&chosen);
+    if (what == "kernels") {
+      check_kernels(*chosen);
+      check_extremes(*chosen);
+    } else {
+      check_product(&chosen);
+    }
   }
   std::printf("right\n");
 }

@@ -1,4 +1,7 @@
 // What the checks share: random problems that come out the same each time, and memory that ends where it should.
+//
+// The programs are compiled twice: against this machine's instructions, for the providers that it has, and, with
+// INT8COMPILE_EMULATED_ISA, against ../emulated_isa, for those that it may not have.
 
 #pragma once
 
@@ -12,6 +15,10 @@
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+
+#if defined(INT8COMPILE_EMULATED_ISA)
+#include "tiles.h"
+#endif
 
 inline std::string text(const std::string& word) {
   return word;
@@ -91,10 +98,21 @@ inline int64_t bytes_of(int8compile::Float type) {
   return type == int8compile::Float::f32 ? 4 : 2;
 }
 
+// Whether a thread has left AMX's tiles as it found them; a real CPU is not asked.
+inline bool tiles_are_released() {
+#if defined(INT8COMPILE_EMULATED_ISA)
+  return !emulated::tiles().configured;
+#else
+  return true;
+#endif
+}
+
 // `count` floats of a dtype: normal ones, some large, and one of `odd` here and there.
 Exact<char> floats(Random& random, int8compile::Float type, int64_t count, const std::vector<float>& odd);
 
 void check_kernels(const int8compile::Kernels& use);
+
+void check_extremes(const int8compile::Kernels& use);
 
 // `use` is what int8compile::kernels() returns.
 void check_product(const int8compile::Kernels** use);

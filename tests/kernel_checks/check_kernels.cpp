@@ -6,8 +6,8 @@
 #include <limits>
 #include <string>
 
+#include "../emulated_isa/half.h"
 #include "check.h"
-#include "tiles.h"
 
 using namespace int8compile;
 
@@ -61,7 +61,7 @@ void check_multiply(const Kernels& use, Random& random, int64_t rows, int64_t co
       expect(got == want, "multiply ", shape(rows, cols, k), " at ", i, ", ", j, ": ", got, ", not ", want);
     }
   }
-  expect(!emulated::tiles().configured, "multiply: the tiles are not released");
+  expect(tiles_are_released(), "multiply: the tiles are not released");
 }
 
 void check_products(const Kernels& use, Random& random) {
