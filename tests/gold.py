@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -39,8 +41,9 @@ def linear(
     Outlier columns (policy "column") or elements ("element") are multiplied as they are with the dequantised weight;
     everything else goes through its int8 code.
     """
-    flat = x.detach().double().numpy().reshape(-1, x.shape[-1])
-    q, row_scale, columns = row_codes(x.detach().reshape(-1, x.shape[-1]), threshold)
+    rows = math.prod(x.shape[:-1])
+    flat = x.detach().double().numpy().reshape(rows, x.shape[-1])
+    q, row_scale, columns = row_codes(x.detach().reshape(rows, x.shape[-1]), threshold)
     exact = np.broadcast_to(columns, flat.shape) if policy == "column" else np.abs(flat) >= max(threshold, 1e-300)
     exact = exact & columns
     effective = np.where(exact, flat, q * row_scale[:, None])
