@@ -44,6 +44,9 @@ _USED = re.compile(
     + r"|avx512\w+|avx_\w+|amx_\w+|gfni|fma4|vaes|vpclmulqdq|asimd\w*|sve\w*|i8mm|bf16|fphp|sha3|sha512|atomics"
 )
 
+#: Where Linux describes the CPU.
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def cpu_target(name: str | None) -> CpuTarget:
     """The target of this name; by default the widest that all of today's CPUs of this kind have.
@@ -73,7 +76,7 @@ def vector_bits(name: str | None) -> int | None:
 def cpu_flags() -> frozenset[str]:
     """What this CPU offers to compilers, in Linux's words; empty where the system does not say."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = CPUINFO.read_text()
     except OSError:
         return frozenset(_V3) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else frozenset()
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)

@@ -162,3 +162,15 @@ def test_the_compiled_reference_takes_numbers_of_rows_that_depend_on_data(cpu):
         for rows in (4, 1, 0, 9):
             mask = torch.arange(12) < rows
             assert torch.equal(compiled(x, mask), reference(x[mask], layer))
+
+
+def test_the_reference_has_the_same_bits_whatever_the_cpu_multiplies(monkeypatch):
+    x, weight = torch.randn(9, 1500), torch.randn(40, 1500)
+    x[:, 7] *= 30
+    outs = []
+    for has in (True, False):
+        monkeypatch.setattr(int_product, "cpu_multiplies_int8", lambda has=has: has)
+        for threshold in (0.0, 6.0):
+            outs.append(REFERENCES[linear](x, *quantize_weight(weight), None, threshold, "column"))
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])

@@ -40,6 +40,11 @@ def test_every_provider_of_this_cpu_stays_within_its_memory_and_is_right(program
     assert names == torch.ops.int8compile_native.isas()
 
 
+def test_features_of_cpus_that_have_an_instruction_set_and_that_have_not(program):
+    done = run(program, "features")
+    assert (done.returncode, done.stdout) == (0, "right\n"), (done.stdout, done.stderr)
+
+
 OVERFLOW = "heap-buffer-overflow"
 FAST = [  # of a header's several users, the one compiled is tried: the portable provider, which every CPU has
     Mistake("quantize.h", "v.take_outliers(limit) & lanes", "v.take_outliers(limit)", "portable", "here", OVERFLOW),
@@ -59,6 +64,7 @@ SLOW = [
         "here",
         "AddressSanitizer",
     ),
+    Mistake("cpu_features.cpp", "found.avx2 && zmm", "found.avx2", "cpu_features", "features", "wrong: tiles are"),
     Mistake("product.cpp", "codes(x.rows * x.k)", "codes(x.rows * x.k / 2)", "product", "here", OVERFLOW),
     Mistake("product.cpp", "gathered(outliers.count * kStrip)", "gathered(kStrip)", "product", "here", OVERFLOW),
 ]

@@ -44,18 +44,16 @@ bool may_use_tiles() {
 }
 
 int8compile::CpuFeatures detect() {
-  const auto bit = [](uint32_t word, int at) { return (word >> at & 1) != 0; };
-  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = extended.a >= 1 ? cpuid(7, 1) : Registers();
-  const bool osxsave = bit(basic.c, 27);
-  const uint64_t saved = osxsave ? saved_registers() : 0;
-  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
-  int8compile::CpuFeatures found;
-  found.avx2 = ymm && bit(basic.c, 12) && bit(basic.c, 28) && bit(basic.c, 29) && bit(extended.b, 5);
-  found.avxvnni = found.avx2 && bit(more.a, 4);
-  found.avx512vnni =
-      found.avx2 && zmm && bit(extended.b, 16) && bit(extended.b, 30) && bit(extended.b, 31) && bit(extended.c, 11);
-  found.amx_int8 = found.avx512vnni && tiles && bit(extended.d, 24) && bit(extended.d, 25) && may_use_tiles();
-  return found;
+  const Registers basic = cpuid(1, 0), extended = cpuid(7, 0);
+  int8compile::CpuWords words;
+  words.leaf1_c = basic.c;
+  words.leaf7_b = extended.b;
+  words.leaf7_c = extended.c;
+  words.leaf7_d = extended.d;
+  words.leaf7_1_a = extended.a >= 1 ? cpuid(7, 1).a : 0;
+  const bool osxsave = (basic.c >> 27 & 1) != 0;
+  words.saved = osxsave ? saved_registers() : 0;
+  return int8compile::features_of(words, may_use_tiles);
 }
 
 }  // namespace
@@ -71,6 +69,20 @@ int8compile::CpuFeatures detect() {
 }  // namespace
 
 #endif
+
+int8compile::CpuFeatures int8compile::features_of(const CpuWords& words, bool (*may_use_tiles)()) {
+  const auto bit = [](uint32_t word, int at) { return (word >> at & 1) != 0; };
+  const auto saved = [&](uint64_t registers) { return (words.saved & registers) == registers; };
+  const bool ymm = saved(0x6), zmm = saved(0xe6), tiles = saved(0x60000);
+  CpuFeatures found;
+  found.avx2 =
+      ymm && bit(words.leaf1_c, 12) && bit(words.leaf1_c, 28) && bit(words.leaf1_c, 29) && bit(words.leaf7_b, 5);
+  found.avxvnni = found.avx2 && bit(words.leaf7_1_a, 4);
+  found.avx512vnni = found.avx2 && zmm && bit(words.leaf7_b, 16) && bit(words.leaf7_b, 30) && bit(words.leaf7_b, 31) &&
+      bit(words.leaf7_c, 11);
+  found.amx_int8 = found.avx512vnni && tiles && bit(words.leaf7_d, 24) && bit(words.leaf7_d, 25) && may_use_tiles();
+  return found;
+}
 
 const int8compile::CpuFeatures& int8compile::cpu_features() {
   static const CpuFeatures found = detect();

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cstdint>
+
 namespace int8compile {
 
 struct CpuFeatures {
@@ -12,5 +14,15 @@ struct CpuFeatures {
 };
 
 const CpuFeatures& cpu_features();
+
+// What it says of itself: words of CPUID, named by leaf and register, and the registers that the operating system saves
+// (XGETBV). Tests answer for CPUs that they do not run on.
+struct CpuWords {
+  uint32_t leaf1_c = 0, leaf7_b = 0, leaf7_c = 0, leaf7_d = 0, leaf7_1_a = 0;
+  uint64_t saved = 0;
+};
+
+// `may_use_tiles` asks the operating system, where all else is there.
+CpuFeatures features_of(const CpuWords& words, bool (*may_use_tiles)());
 
 }  // namespace int8compile

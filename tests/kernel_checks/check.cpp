@@ -4,6 +4,7 @@
 //                        exactly the right size
 //   check product NAME   whole calls through product.cpp, with threads
 //   check here           both, for every provider that this machine has; prints their names
+//   check features       what is made of CPUs' answers, of those that have an instruction set and those that have not
 //   check selfcheck      that the self-check passes right providers and rejects wrong ones
 //
 // Prints a line and exits with 1 at the first difference; aborts where an emulated CPU would raise.
@@ -104,6 +105,8 @@ int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "";
   if (what == "selfcheck") {
     check_selfcheck();
+  } else if (what == "features") {
+    check_features();
   } else if (what == "here") {
     const std::string names = providers().names();
     expect(providers().rejected().empty(), "rejected: ", providers().rejected());
@@ -114,7 +117,7 @@ int main(int count, char** words) {
     }
     std::printf("%s\n", names.c_str());
   } else {
-    expect(count == 3, "usage: check kernels|product NAME, check here, or check selfcheck");
+    expect(count == 3, "usage: check kernels|product NAME, check here|features|selfcheck");
     const Kernels* table[] = {amx_kernels(), avx512vnni_kernels(), avxvnni_kernels(), portable_kernels()};
     for (const Kernels* use : table) {
       if (std::string(use->name) == words[2]) {

@@ -114,5 +114,7 @@ void check_kernels(const int8compile::Kernels& use);
 
 void check_extremes(const int8compile::Kernels& use);
 
+void check_features();
+
 // `use` is what int8compile::kernels() returns.
 void check_product(const int8compile::Kernels** use);

@@ -1,5 +1,5 @@
-// Rows that end within a vector, with every kind of value and threshold: the kernels stay within the row, and compute what
-// plain loops do. Operators refuse the worst of these thresholds; kernels must not depend on that.
+// Rows that end within a vector, with every kind of value and threshold: the kernels stay within the row, and compute
+// what plain loops do. Operators refuse the worst of these thresholds; kernels must not depend on that.
 
 #include <cfenv>
 #include <cmath>

@@ -57,7 +57,8 @@ bool same(const Exact<char>& a, const Exact<char>& b) {
 std::vector<Problem> extremes(Random& random) {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   const int64_t shapes[][3] = {
-      {0, 5, 7}, {3, 0, 7}, {3, 5, 0}, {0, 0, 0}, {1, 1, 1}, {2, 1, 1}, {1, 1, 17}, {5, 1, 15}, {7, 17, 33}, {5, 97, 70},
+      {0, 5, 7}, {3, 0, 7}, {3, 5, 0}, {0, 0, 0}, {1, 1, 1}, {2, 1, 1}, {1, 1, 17}, {5, 1, 15}, {7, 17, 33},
+      {5, 97, 70},
   };
   std::vector<Problem> made;
   for (const auto& shape : shapes) {
