@@ -30,6 +30,7 @@ from int8compile.errors import OptionValueError
 from int8compile.graph_text import meta_tensor, meta_value
 from int8compile.native import Provider
 from int8compile.ops._library import REFERENCES
+from int8compile.ops.int_product import cpu_multiplies_int8
 from int8compile.report import GraphBreak
 
 
@@ -167,7 +168,8 @@ def load_package(path: str, vector_bits: int | None) -> Any:
 
 def _cache_tag(config: Int8Config, native: bool) -> str:
     outer: str = torch.compiler.config.cache_key_tag
-    parts = f"{sources_digest()} {config.fingerprint()} native={native}"
+    route = "native" if native else f"reference, int8={cpu_multiplies_int8()}"
+    parts = f"{sources_digest()} {config.fingerprint()} {route}"
     return f"{outer} int8compile-{hashlib.sha256(parts.encode()).hexdigest()[:16]}".strip()
 
 

@@ -1,14 +1,19 @@
 """The exact int32 product of the reference bodies: every route, on every layout, whatever this CPU has."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from int8compile import Int8Config, inductor
 from int8compile.ops import int_product, linear, quantize_weight
 from int8compile.ops._library import MAX_IN_FEATURES, REFERENCES
 from int8compile.ops.int_product import _cublas_product, _fp32_product, _onednn_product, int8_product
@@ -174,3 +179,47 @@ def test_the_reference_has_the_same_bits_whatever_the_cpu_multiplies(monkeypatch
             outs.append(REFERENCES[linear](x, *quantize_weight(weight), None, threshold, "column"))
     assert torch.equal(outs[0], outs[2])
     assert torch.equal(outs[1], outs[3])
+
+
+def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What oneDNN makes of them where it is held to AVX2."""
+    return (a.long() @ b.long()).clamp(-32768, 32767).to(torch.int32)
+
+
+def test_onednn_is_used_where_the_cpu_has_dot_products_and_it_is_exact(monkeypatch):
+    for has, exact_there in itertools.product([True, False], repeat=2):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has=has: has)
+        monkeypatch.setattr(torch, "_int_mm", (lambda a, b: (a.long() @ b.long()).int()) if exact_there else saturating)
+        int_product._onednn_is_exact.cache_clear()
+        assert int_product.cpu_multiplies_int8() is (has and exact_there)
+    int_product._onednn_is_exact.cache_clear()
+
+
+def test_whether_onednn_is_exact_is_found_out_while_tracing(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    want = int_product._largest_codes_are_exact()
+    int_product._onednn_is_exact.cache_clear()
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert int_product.cpu_multiplies_int8() is want
+
+
+def test_products_are_exact_where_onednn_is_held_to_avx2():
+    """``ONEDNN_MAX_CPU_ISA`` is read once a process."""
+    code = (
+        "import torch; from int8compile.ops.int_product import int8_product\n"
+        "a = torch.full((17, 130), 127, dtype=torch.int8)\n"
+        "assert (int8_product(a, a) == 127 * 127 * 130).all()"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cached_graphs_are_of_one_route(monkeypatch):
+    """A graph of the reference bodies holds the route they took when it was compiled; inductor's caches do not ask."""
+    tags = {}
+    for multiplies, native in itertools.product([True, False], repeat=2):
+        monkeypatch.setattr(inductor, "cpu_multiplies_int8", lambda multiplies=multiplies: multiplies)
+        tags[multiplies, native] = inductor._cache_tag(Int8Config(), native)
+    assert tags[True, False] != tags[False, False]
+    assert tags[True, True] == tags[False, True]  # native kernels do not use torch's product

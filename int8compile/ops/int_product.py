@@ -20,9 +20,15 @@ What is wrong in all of these is that strides say less than the shape does. So b
 least two rows and two columns, where strides have one meaning and ``contiguous()`` is exact. That copies an operand
 only if it is not so already, and in a traced graph it holds for whatever layout inductor chooses: its buffers are
 dense, and without a size of 1 a dense one is row-major or transposed.
+
+Besides, torch asks the CPU, and oneDNN may have been told otherwise: held to AVX2, say (``ONEDNN_MAX_CPU_ISA=AVX2``),
+on a CPU that has it, its products saturate in 16 bits. So the first call tries it on the largest codes.
 """
 
 from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -32,8 +38,23 @@ _EXACT_IN_FP32 = 1024  # 127 * 127 * 1024 < 2**24
 
 
 def cpu_multiplies_int8() -> bool:
-    """Whether this CPU has int8 dot products, so that ``torch._int_mm`` is fast; tests say what it has."""
-    return torch.cpu._is_vnni_supported()
+    """Whether ``torch._int_mm`` is fast on this CPU, which has int8 dot products, and exact; tests say what it is."""
+    return torch.cpu._is_vnni_supported() and _onednn_is_exact()
+
+
+@functools.cache
+def _onednn_is_exact() -> bool:
+    with ThreadPoolExecutor(1) as pool:  # another thread is not within this one's tracing, nor are its tensors fake
+        return pool.submit(_largest_codes_are_exact).result()
+
+
+def _largest_codes_are_exact() -> bool:
+    for m, n, k in ((2, 2, 2), (17, 33, 130)):
+        a = torch.full((m, k), 127, dtype=torch.int8, device="cpu")
+        b = torch.where(torch.arange(n, device="cpu") % 2 == 0, 127, -127).to(torch.int8).unsqueeze(1).repeat(1, k)
+        if not torch.equal(_onednn_product(a, b), _fp32_product(a, b.float())):
+            return False
+    return True
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor, b_float: torch.Tensor | None = None) -> torch.Tensor:
