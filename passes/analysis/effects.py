@@ -123,8 +123,8 @@ class Effects:
 
     def _may_be_view(self, node: fx.Node, own: Memory, source: fx.Node) -> bool:
         theirs = self._own[source]
-        if theirs is None or own & theirs:
-            return True
+        if theirs is None or own & theirs or "dropout" in _name(node):
+            return True  # (dropout without effect returns its argument itself, where its fake returns a copy)
         return not self._tracked and any(schema_aliases(o) for o in overloads_of(node.target))
 
     def _written_by(self, node: fx.Node) -> Memory:
@@ -218,6 +218,10 @@ def _is_known(node: fx.Node) -> bool:
         return True
     module = getattr(node.target, "__module__", None) or ""
     return module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
 
 
 def _transforms(node: fx.Node) -> bool:
