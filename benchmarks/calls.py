@@ -34,7 +34,7 @@ from benchmarks.common import Timing
 from benchmarks.contender import load, own_process
 from benchmarks.random_llama import SHAPES
 from int8compile import backend as int8_backend
-from int8compile import inductor, ops
+from int8compile import handoff, ops
 
 CACHED = 512
 
@@ -125,7 +125,7 @@ def _timed_runner(spent: dict[str, list[float]]) -> Iterator[Callable[..., Any]]
 
         return call
 
-    compile_graph = inductor.compile_graph
+    compile_graph = handoff.compile_graph
 
     def compile_timed(*args: Any) -> Any:
         return timed(compile_graph(*args), "inductor")
@@ -133,7 +133,7 @@ def _timed_runner(spent: dict[str, list[float]]) -> Iterator[Callable[..., Any]]
     def backend(gm: Any, inputs: Any, **kwargs: Any) -> Any:
         return timed(int8_backend.int8(gm, inputs, **kwargs), "whole")
 
-    with mock.patch.object(inductor, "compile_graph", compile_timed):
+    with mock.patch.object(handoff, "compile_graph", compile_timed):
         yield backend
 
 

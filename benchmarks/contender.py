@@ -212,7 +212,7 @@ class Model:
 
     def int8_bytes(self) -> tuple[int, int]:
         """Bytes of all int8 weights and their scales, and bytes of the same weights in 16 bits; zeros without any."""
-        from int8compile.weights import STORE
+        from int8compile.weights.store import STORE
 
         graphs = getattr(self.report(), "graphs", [])
         rewritten = {use.key: use.float_bytes for graph in graphs for use in graph.weights if use.int8_bytes}

@@ -60,23 +60,23 @@ def linear(*args: Any) -> torch.Tensor:
 def load(run: Run) -> None:
     """Register the operators, and the native kernels of the device (on a CPU the reference does)."""
     import int8compile.ops  # noqa: F401
-    from int8compile import native
+    from int8compile.native import loader
 
     if not run.dry_run:
-        native.load("cuda")
+        loader.load("cuda")
 
 
 def build(run: Run) -> dict[str, Any]:
     """The library, built or found, and the machine."""
-    from int8compile import native
+    from int8compile.native import loader
 
     started = time.perf_counter()
     load(run)
     if not run.dry_run:
-        native.load("common")  # which compiled models need too: built here, and not in the time of what comes later
+        loader.load("common")  # which compiled models need too: built here, and not in the time of what comes later
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "machine": common.machine(run.device)}
     if not run.dry_run:
-        library = native.library_path("cuda")
+        library = loader.library_path("cuda")
         verdicts = {path.name: path.read_text() or "proven" for path in library.parent.glob("wgmma-*")}
         found |= {"library": str(library), "wgmma": verdicts, "capability": torch.cuda.get_device_capability()}
     return found

@@ -82,7 +82,7 @@ def measure(way: str, path: str, dtype: str, int8: str) -> dict[str, int]:
 
     import int8compile
     from int8compile.integrations.transformers import Int8Config
-    from int8compile.modules import load_kernels
+    from int8compile.modules.int8_linear import load_kernels
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""Native sources, compiled at first use; see ``int8compile/native.py``."""
+"""Native sources, compiled at first use; see ``int8compile/native/``."""

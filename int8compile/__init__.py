@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from int8compile.archive import load, save
     from int8compile.backend import int8
     from int8compile.config import Int8Config
     from int8compile.explanation import explain
-    from int8compile.exporting import export
-    from int8compile.graph_text import dump
-    from int8compile.inplace import dequantize_, quantize_
-    from int8compile.lifetime import invalidate, restore_weights_
-    from int8compile.modules import Int8Linear, Int8MasterLinear
-    from int8compile.packaging import load_package, package
+    from int8compile.graph.dump import dump
+    from int8compile.modules.inplace import dequantize_, quantize_
+    from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear
+    from int8compile.programs.archive import load, save
+    from int8compile.programs.exporting import export
+    from int8compile.programs.packaging import load_package, package
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
+    from int8compile.weights.invalidation import invalidate, restore_weights_
 
 __version__ = "0.1.0"
 
@@ -37,24 +37,24 @@ if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproje
 
 _HOME = {
     "Int8Config": "config",
-    "Int8Linear": "modules",
-    "Int8MasterLinear": "modules",
+    "Int8Linear": "modules.int8_linear",
+    "Int8MasterLinear": "modules.int8_linear",
     "Reason": "report",
     "Report": "report",
     "Site": "report",
-    "dequantize_": "inplace",
-    "dump": "graph_text",
+    "dequantize_": "modules.inplace",
+    "dump": "graph.dump",
     "explain": "explanation",
-    "export": "exporting",
+    "export": "programs.exporting",
     "int8": "backend",
-    "invalidate": "lifetime",
+    "invalidate": "weights.invalidation",
     "last_report": "session",
-    "load": "archive",
-    "load_package": "packaging",
-    "package": "packaging",
-    "quantize_": "inplace",
-    "restore_weights_": "lifetime",
-    "save": "archive",
+    "load": "programs.archive",
+    "load_package": "programs.packaging",
+    "package": "programs.packaging",
+    "quantize_": "modules.inplace",
+    "restore_weights_": "weights.invalidation",
+    "save": "programs.archive",
 }
 
 __all__ = [

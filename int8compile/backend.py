@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from int8compile import inductor, native, session
-from int8compile.capture import Capture, capture
+from int8compile import handoff, session
 from int8compile.config import Int8Config, disabled
-from int8compile.graph_text import dump, meta_tensor
-from int8compile.lifetime import watch_optimizers
-from int8compile.native import Provider
+from int8compile.graph.capture import Capture, capture
+from int8compile.graph.dump import dump, meta_tensor, meta_value
+from int8compile.native import loader, providers
+from int8compile.native.providers import Provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.analysis import Effects
-from int8compile.passes.sites import complete_sites, weight_uses
-from int8compile.report import GraphReport, Reason, Report
-from int8compile.rules import names
-from int8compile.weights import STORE, Slot, Slots
+from int8compile.passes.analysis.sites import complete_sites, weight_uses
+from int8compile.report import GraphBreak, GraphReport, Reason, Report
+from int8compile.selection import names
+from int8compile.torch_internals import dynamo
+from int8compile.weights.invalidation import watch_optimizers
+from int8compile.weights.store import STORE, Slot, Slots
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ def int8(
     config = Int8Config.make(options, mode=mode)
     if disabled():
         log.warning("int8: INT8COMPILE_DISABLE=1: the model is compiled in float")
-        return inductor.compile_graph(gm, example_inputs, config, Provider("none", native=True))
-    return compile_rewritten(gm, example_inputs, config, inductor.compile_graph)
+        return handoff.compile_graph(gm, example_inputs, config, Provider("none", native=True))
+    return compile_rewritten(gm, example_inputs, config, handoff.compile_graph)
 
 
 int8.reset = STORE.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
@@ -61,13 +63,13 @@ def compile_rewritten(
     compiler: Callable[[fx.GraphModule, Sequence[Any], Int8Config, Provider], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph, report, and give the result to a compiler."""
-    provider = native.choose_provider(config.kernels, example_inputs)
-    release = native.release_storage() if config.release_weights else None
+    provider = providers.choose_provider(config.kernels, example_inputs)
+    release = loader.release_storage() if config.release_weights else None
     captured, report = rewrite(gm, example_inputs, config, provider)
-    session.record(report, inductor.compiled_callable())
+    session.record(report, dynamo.compiled_callable())
     announce(report)
-    inductor.trace_artifact("int8compile_graph", lambda: dump(captured.graph))
-    inductor.trace_artifact("int8compile_report", Report([report]).to_json)
+    dynamo.trace_artifact("int8compile_graph", lambda: dump(captured.graph))
+    dynamo.trace_artifact("int8compile_report", Report([report]).to_json)
     compiled = compiler(captured.gm, _compile_inputs(captured), config, provider)
     return _runner(captured, compiled, release, gm)
 
@@ -76,10 +78,11 @@ def rewrite(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Int8Config, provider: Provider
 ) -> tuple[Capture, GraphReport]:
     """Copy Dynamo's graph and run the passes on the copy."""
-    captured = capture(gm, example_inputs, inductor.fake_mode_of(gm))
+    captured = capture(gm, example_inputs, dynamo.fake_mode_of(map(meta_value, gm.graph.nodes)))
     report = rewrite_capture(captured, config, provider, grad_enabled=torch.is_grad_enabled())
-    report.compile_id = inductor.compile_id()
-    report.graph_break = inductor.graph_break_of(gm)
+    report.compile_id = dynamo.compile_id()
+    graph_break = dynamo.graph_break_of(gm)
+    report.graph_break = None if graph_break is None else GraphBreak(*graph_break)
     return captured, report
 
 
@@ -102,8 +105,8 @@ def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *
 
 def _compile_inputs(captured: Capture) -> list[Any]:
     """Dynamo's own example inputs, as far as they are left, and those of the lifted weights."""
-    lifted = [node for pair in captured.lifted.values() for node in (pair.weight, pair.scale)]
-    return [captured.examples[n] for n in captured.kept] + inductor.static_inputs(lifted)
+    lifted = [meta_tensor(node) for pair in captured.lifted.values() for node in (pair.weight, pair.scale)]
+    return [captured.examples[n] for n in captured.kept] + dynamo.static_inputs([t for t in lifted if t is not None])
 
 
 def _runner(

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from int8compile.errors import OptionNameError, OptionValueError
+from int8compile.limits import SMALLEST_THRESHOLD
 
 PASS_NAMES = ("expand", "group", "normalize", "quantize", "share", "merge", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
-#: The smallest normal float32. A CPU that flushes subnormal numbers compares with a threshold below it as if it were 0,
-#: which every value reaches; the numbers that are rounded to 0 are among those.
-SMALLEST_THRESHOLD = 2.0**-126
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

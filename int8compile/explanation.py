@@ -12,7 +12,7 @@ from torch import fx
 from int8compile.backend import rewrite
 from int8compile.config import Int8Config
 from int8compile.errors import CaptureError
-from int8compile.native import choose_provider
+from int8compile.native.providers import choose_provider
 from int8compile.report import Report
 
 

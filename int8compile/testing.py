@@ -34,12 +34,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from int8compile.backend import rewrite as rewrite_dynamo_graph
-from int8compile.capture import Capture, mark_constant_as
 from int8compile.config import Int8Config
 from int8compile.errors import CaptureError
 from int8compile.explanation import explain
-from int8compile.graph_text import DUMP_VERSION, dump, target_name
-from int8compile.native import choose_provider
+from int8compile.graph.capture import Capture, mark_constant_as
+from int8compile.graph.dump import DUMP_VERSION, dump, target_name
+from int8compile.native.providers import choose_provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.runner import Pass
 from int8compile.report import Reason, folded

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from int8compile.capture import Capture
 from int8compile.config import Int8Config
-from int8compile.graph_text import meta_value
+from int8compile.graph.capture import Capture
+from int8compile.graph.dump import meta_value
 from int8compile.report import Site
 
 

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from int8compile.graph_text import meta_value
+from int8compile.graph.dump import meta_value
 from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext
 

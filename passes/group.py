@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.context import PassContext
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from int8compile.capture import Lifted
-from int8compile.graph_text import meta_tensor
+from int8compile.graph.capture import Lifted
+from int8compile.graph.dump import meta_tensor
 from int8compile.ops import linear, scaled_mm
 from int8compile.passes.analysis import Effects
 from int8compile.passes.calls import LinearCall, ScaledMmCall

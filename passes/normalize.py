@@ -22,8 +22,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.capture import is_constant, site_path
-from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.graph.capture import is_constant, site_path
+from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext

@@ -16,16 +16,16 @@ from typing import cast
 import torch
 from torch import fx
 
-from int8compile import rules
-from int8compile.capture import is_constant, site_path
-from int8compile.graph_text import meta_tensor, meta_value
+from int8compile import selection
+from int8compile.graph.capture import is_constant, site_path
+from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
 from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.analysis.effects import storage_of
+from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import LINEAR, is_vector, resolve_transposes
-from int8compile.passes.slices import rows_of_constant
 from int8compile.report import Reason, Site
 
 #: where each takes its table
@@ -113,24 +113,24 @@ class _Facts:
             return (Reason.FROZEN if root.op == "get_attr" else Reason.NOT_CONSTANT), ""
         weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
         example = self.context.capture.examples.get(root)
-        if isinstance(example, torch.Tensor) and type(example) not in rules.PLAIN_TENSORS and not _is_fake(example):
+        if isinstance(example, torch.Tensor) and type(example) not in selection.PLAIN_TENSORS and not _is_fake(example):
             return Reason.SUBCLASS, type(example).__name__
         if weight is None:
             return Reason.SHAPE, ""
         if activation is None or out is None:
             return Reason.DTYPE, ""
-        if not _is_fake(activation) and type(activation) not in rules.PLAIN_TENSORS:
+        if not _is_fake(activation) and type(activation) not in selection.PLAIN_TENSORS:
             return Reason.SUBCLASS, f"activation: {type(activation).__name__}"
         shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
         trainable = trainable and self.regions[node][1] and not self.config.llm_int8_has_fp16_weight
         return (
-            rules.shape_refusal(tuple(weight.shape), k)
-            or next(filter(None, (rules.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
-            or rules.name_refusal(path, shared, self.config)
+            selection.shape_refusal(tuple(weight.shape), k)
+            or next(filter(None, (selection.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
+            or selection.name_refusal(path, shared, self.config)
             or ((Reason.MUTATED, "") if self.effects.ever_written(root) else None)
             or self._form_refusal(node, root, n)
-            or rules.size_refusal(k, n, self.config)
+            or selection.size_refusal(k, n, self.config)
             or ((Reason.TRAINABLE, "") if trainable else None)
             or (Reason.REWRITTEN, "")
         )

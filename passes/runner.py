@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
-from int8compile.graph_text import dump
+from int8compile.graph.dump import dump
 from int8compile.passes.context import PassContext
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from int8compile.graph_text import meta_tensor, meta_value
+from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear, quantize_rowwise, scaled_mm
 from int8compile.ops.linear import residual_from
 from int8compile.passes.analysis import Effects, regions

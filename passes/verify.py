@@ -13,11 +13,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.capture import is_constant
 from int8compile.errors import VerifyError
-from int8compile.graph_text import dump, meta_tensor, meta_value, target_name
+from int8compile.graph.capture import is_constant
+from int8compile.graph.dump import dump, meta_tensor, meta_value, target_name
+from int8compile.limits import FLOAT_DTYPES
 from int8compile.ops import linear, master_linear, quantize_rowwise, scaled_mm
-from int8compile.ops._library import FLOAT_DTYPES
 from int8compile.passes.calls import LinearCall, ScaledMmCall
 from int8compile.passes.context import PassContext, argument_values
 

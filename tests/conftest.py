@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from int8compile.weights import STORE
+from int8compile.weights.store import STORE
 
 # torch keeps this logger apart and silent. pytest puts its handler on loggers that do not propagate, which would
 # switch on the tracing of every compile.

@@ -15,9 +15,9 @@ from damage import rewrite_zip
 from torch import nn
 
 import int8compile
-from int8compile.archive import FORMAT_VERSION
 from int8compile.errors import ExportError, ProgramFileError
-from int8compile.whole_files import WORK_FOLDER, replaced
+from int8compile.files import WORK_FOLDER, replaced
+from int8compile.programs.archive import FORMAT_VERSION
 
 
 class Model(nn.Module):
@@ -254,7 +254,7 @@ def test_a_save_that_is_stopped_leaves_the_old_file(tmp_path, number):
     """While torch writes, where an exception would abort the process too; SIGTERM is an exception in our commands."""
     (tmp_path / "m.pt2").write_text("old")
     code = (
-        "from int8compile.archive_files import ArchiveFile\n"
+        "from int8compile.programs.archive_files import ArchiveFile\n"
         "write, calls = ArchiveFile.write, []\n"
         "def stopped(self, data):\n"
         "    calls.append(1)\n"
@@ -275,7 +275,7 @@ def test_a_save_that_is_stopped_leaves_the_old_file(tmp_path, number):
 
 def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(saved, program, tmp_path):
     code = (
-        "from int8compile.archive_files import ArchiveFile\n"
+        "from int8compile.programs.archive_files import ArchiveFile\n"
         "ArchiveFile.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "int8compile.save(program, path)\n"
     )

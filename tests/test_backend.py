@@ -75,7 +75,7 @@ def test_mode_and_inductor_options_reach_inductor(monkeypatch):
         seen.update(config_patches)
         return gm.forward
 
-    monkeypatch.setattr("int8compile.inductor.compile_fx", compile_fx)
+    monkeypatch.setattr("int8compile.torch_internals.inductor.compile_fx", compile_fx)
     x = activation(5, 16)
     with torch.no_grad():
         torch.compile(Mlp(), backend="int8", mode="max-autotune-no-cudagraphs")(x)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from benchmarks import bitsandbytes_checkpoint
 from int8compile import Int8Linear, quantize_
 from int8compile.errors import OptionValueError
-from int8compile.formats import absmax_of
 from int8compile.integrations.transformers import save_pretrained, take_over_bitsandbytes
+from int8compile.weights.formats import absmax_of
 
 ENTRIES = {entry.name: entry for entry in ZOO}
 

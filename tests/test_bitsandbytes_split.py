@@ -14,11 +14,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import int8compile
 from int8compile import Int8Linear, Reason, quantize_
-from int8compile.convert import quantize_folder
+from int8compile.checkpoints.convert import quantize_folder
 from int8compile.errors import OptionValueError
-from int8compile.formats import absmax_of
-from int8compile.integrations import bitsandbytes
-from int8compile.integrations.transformers import Int8Config, refused_linears, save_pretrained, take_over_bitsandbytes
+from int8compile.integrations.transformers import (
+    Int8Config,
+    bitsandbytes,
+    refused_linears,
+    save_pretrained,
+    take_over_bitsandbytes,
+)
+from int8compile.weights.formats import absmax_of
 
 ENTRIES = {entry.name: entry for entry in ZOO}
 SMALL = {"min_features": 0}

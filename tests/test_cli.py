@@ -9,8 +9,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from int8compile import native
 from int8compile.cli import app
+from int8compile.native import loader, providers
 
 runner = CliRunner()
 
@@ -27,8 +27,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def test_doctor_tells_what_is_chosen_once_built():
-    native.load("cpu")
-    native.load("common")
+    loader.load("cpu")
+    loader.load("common")
     result = runner.invoke(app, ["doctor", "--json"])
     found = json.loads(result.stdout)
     assert result.exit_code == 0, result.output
@@ -37,7 +37,7 @@ def test_doctor_tells_what_is_chosen_once_built():
     assert found["kernels"]["chosen"] in found["kernels"]["available"]
     assert "portable" in found["kernels"]["available"]
     assert found["libraries"]["cpu"] == {
-        "path": str(native.library_path("cpu")),
+        "path": str(loader.library_path("cpu")),
         "built": True,
         "problem": None,
     }
@@ -56,8 +56,8 @@ def test_doctor_names_the_missing_tool_and_builds_nothing(empty_cache, monkeypat
 
 
 def test_a_compiler_is_not_missed_where_all_is_built(monkeypatch):
-    native.load("cpu")
-    native.load("common")
+    loader.load("cpu")
+    loader.load("common")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert runner.invoke(app, ["doctor"]).exit_code == 0
 
@@ -67,11 +67,11 @@ def test_build_prints_where_and_leaves_what_is_there(empty_cache):
     # In processes of their own, since operators register once a process.
     first = json.loads(program("build", "--json").stdout)
     assert {name: built["path"] for name, built in first.items()} == {
-        name: str(native.library_path(name)) for name in native.wanted()
+        name: str(loader.library_path(name)) for name in providers.wanted()
     }
-    times = [native.library_path(name).stat().st_mtime_ns for name in native.wanted()]
+    times = [loader.library_path(name).stat().st_mtime_ns for name in providers.wanted()]
     assert program("build").stderr == ""
-    assert [native.library_path(name).stat().st_mtime_ns for name in native.wanted()] == times
+    assert [loader.library_path(name).stat().st_mtime_ns for name in providers.wanted()] == times
 
 
 def test_build_fails_with_the_reason_on_stderr(empty_cache, monkeypatch):

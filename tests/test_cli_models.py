@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import int8compile
 from int8compile.cli import app
+from int8compile.cli.named_models import find
 from int8compile.config import cache_folder
-from int8compile.named_models import find
 
 runner = CliRunner()
 SOURCE = """

@@ -9,10 +9,10 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from int8compile import comparison, convert
+from int8compile.checkpoints import comparison, convert
+from int8compile.checkpoints.comparison import compare
+from int8compile.checkpoints.convert import quantize_folder
 from int8compile.cli import app
-from int8compile.comparison import compare
-from int8compile.convert import quantize_folder
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import Int8Config, save_pretrained, take_over_bitsandbytes
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from model_zoo import ZOO
 
-from int8compile import convert
-from int8compile.convert import quantize_folder
+from int8compile.checkpoints import convert
+from int8compile.checkpoints.convert import quantize_folder
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import Int8Config
 
@@ -54,7 +54,7 @@ import os, resource, shutil, signal, sys, tempfile
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # what is forked has no other threads
-from int8compile.convert import quantize_folder
+from int8compile.checkpoints.convert import quantize_folder
 from int8compile.integrations.transformers import Int8Config
 
 source, target, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

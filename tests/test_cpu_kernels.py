@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import int8compile.ops  # noqa: F401 (defines the schemas)
-from int8compile import native
-from int8compile.config import SMALLEST_THRESHOLD
+from int8compile.limits import SMALLEST_THRESHOLD
+from int8compile.native import loader
 from int8compile.ops._library import REFERENCES
 
 REFERENCE = {op._schema.name.split("::")[1]: body for op, body in REFERENCES.items()}
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def isas() -> list[str]:
-    native.load("cpu")
+    loader.load("cpu")
     return torch.ops.int8compile_native.isas().split()
 
 

@@ -5,8 +5,8 @@ import platform
 import pytest
 import torch
 
-from int8compile import cpu_targets
 from int8compile.errors import OptionValueError
+from int8compile.programs import cpu_targets
 
 V3 = "abm avx avx2 bmi1 bmi2 f16c fma movbe popcnt sse4_1 sse4_2 ssse3"
 ZEN_5 = f"fpu sse2 ht {V3} avx512f avx512_vnni avx_vnni vaes gfni"

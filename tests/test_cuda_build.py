@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from int8compile import native, native_wgmma, nvidia
 from int8compile.errors import KernelBuildError
+from int8compile.native import loader, notices, nvidia, providers, wgmma
 from int8compile.ops._library import REFERENCES
 
 SOURCES = Path(str(resources.files("int8compile.csrc"))) / "cuda"
@@ -133,12 +133,12 @@ class TestArchitectures:
         flags = nvidia.nvcc_flags(nvidia.architectures())
         assert "-gencode=arch=compute_90a,code=sm_90a" in flags
         assert "-DINT8COMPILE_SM90A" in flags
-        assert native.wanted() == ["cpu", "common", "cuda"]
+        assert providers.wanted() == ["cpu", "common", "cuda"]
         gpus[1] = (7, 5)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla T4")
         with pytest.raises(KernelBuildError, match=r"8\.0 or later, and GPU 1 \(Tesla T4\) has 7\.5"):
             nvidia.architectures()
-        assert native.wanted() == ["cpu", "common"]
+        assert providers.wanted() == ["cpu", "common"]
 
     def test_asked_for(self, monkeypatch):
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "80; 90, 100a")
@@ -150,9 +150,9 @@ class TestArchitectures:
 
     def test_other_architectures_are_another_library(self, monkeypatch):
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "80")
-        first = native.library_path("cuda")
+        first = loader.library_path("cuda")
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "90a")
-        assert native.library_path("cuda") != first
+        assert loader.library_path("cuda") != first
 
 
 class TestFallback:
@@ -160,8 +160,8 @@ class TestFallback:
     def gpu_tensor(self, monkeypatch, tmp_path):
         """Stands for a CUDA tensor; with the caches of this test alone."""
         monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(native, "load", lambda name: native.build(name))
-        native._warn_once.cache_clear()
+        monkeypatch.setattr(loader, "load", lambda name: loader.build(name))
+        notices.warn_once.cache_clear()
 
         class Device:
             type = "cuda"
@@ -174,9 +174,9 @@ class TestFallback:
     def test_no_gpu(self, gpu_tensor, monkeypatch, caplog):
         monkeypatch.delenv("INT8COMPILE_CUDA_ARCHS", raising=False)
         with pytest.raises(KernelBuildError, match="torch sees no CUDA GPU"):
-            native.choose_provider("native", [gpu_tensor])
-        assert native.choose_provider("auto", [gpu_tensor, torch.ones(1)]).name == "reference (cpu, cuda)"
-        assert native.choose_provider("reference", [gpu_tensor]).native is False
+            providers.choose_provider("native", [gpu_tensor])
+        assert providers.choose_provider("auto", [gpu_tensor, torch.ones(1)]).name == "reference (cpu, cuda)"
+        assert providers.choose_provider("reference", [gpu_tensor]).native is False
 
     def test_no_nvcc_is_named_and_falls_back_once(self, gpu_tensor, monkeypatch, caplog):
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "80")
@@ -184,9 +184,11 @@ class TestFallback:
         with pytest.raises(
             KernelBuildError, match=r"nvcc was not found \(install the CUDA toolkit, or set CUDA_HOME\)"
         ):
-            native.choose_provider("native", [gpu_tensor])
+            providers.choose_provider("native", [gpu_tensor])
         for _ in range(2):
-            assert native.choose_provider("auto", [gpu_tensor]) == native.Provider("reference (cuda)", native=False)
+            assert providers.choose_provider("auto", [gpu_tensor]) == providers.Provider(
+                "reference (cuda)", native=False
+            )
         (record,) = [r for r in caplog.records if r.name == "int8compile.native"]
         assert "nvcc was not found" in record.message
         assert "reference operators are used instead" in record.message
@@ -201,16 +203,16 @@ class TestWgmmaProof:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H200")
         monkeypatch.setattr(torch.ops, "int8compile_native", type("Ops", (), {"enable_wgmma": chosen.append}))
-        native._warn_once.cache_clear()
+        notices.warn_once.cache_clear()
         return tmp_path / "int8compile_cuda.so", chosen
 
     def test_what_fails_is_not_used_and_not_tried_again(self, hopper, monkeypatch, caplog):
         library, chosen = hopper
-        native._enable_wgmma(library)  # there is no such library, so its process fails
+        loader._enable_wgmma(library)  # there is no such library, so its process fails
         assert not chosen
         assert "the wgmma kernels are not used: their proof failed" in caplog.text
-        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
-        native._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
+        loader._enable_wgmma(library)
         assert not chosen
 
     def test_a_proof_in_which_the_process_is_killed_has_failed(self, hopper, monkeypatch, caplog):
@@ -220,29 +222,29 @@ class TestWgmmaProof:
             texts = {path.name: path.read_text() for path in library.parent.glob("wgmma-*")}
             raise SystemExit(repr(texts))  # as far as it got
 
-        monkeypatch.setattr(native_wgmma, "_failed_proof", killed)
+        monkeypatch.setattr(wgmma, "_failed_proof", killed)
         with pytest.raises(SystemExit, match="'wgmma-NVIDIA-H200': 'their proof did not end'"):
-            native._enable_wgmma(library)
+            loader._enable_wgmma(library)
         (library.parent / "wgmma-NVIDIA-H200").write_text("their proof did not end")
-        native._enable_wgmma(library)
+        loader._enable_wgmma(library)
         assert not chosen
         assert "the wgmma kernels are not used: their proof did not end (delete" in caplog.text
 
     def test_a_proof_that_was_interrupted_is_tried_again(self, hopper, monkeypatch):
         library, chosen = hopper
-        monkeypatch.setattr(native_wgmma, "_failed_proof", mock.Mock(side_effect=KeyboardInterrupt))
+        monkeypatch.setattr(wgmma, "_failed_proof", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            native._enable_wgmma(library)
-        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
-        native._enable_wgmma(library)
+            loader._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: "")
+        loader._enable_wgmma(library)
         assert chosen == [True]
 
     def test_what_is_proven_is_used(self, hopper, monkeypatch):
         library, chosen = hopper
-        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
-        native._enable_wgmma(library)
-        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
-        native._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: "")
+        loader._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: pytest.fail("was tried again"))
+        loader._enable_wgmma(library)
         assert chosen == [True, True]
 
     @pytest.mark.parametrize("kind", ["empty", "others may write", "a link", "a folder"])
@@ -258,8 +260,8 @@ class TestWgmmaProof:
             verdict.write_text("" if kind == "empty" else "proven")
             verdict.chmod(0o666 if kind == "others may write" else 0o644)
         proof = mock.Mock(return_value="it is wrong")
-        monkeypatch.setattr(native_wgmma, "_failed_proof", proof)
-        native._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", proof)
+        loader._enable_wgmma(library)
         proof.assert_called_once()
         assert not chosen
         assert kind == "a folder" or verdict.read_text() == "it is wrong"
@@ -267,12 +269,10 @@ class TestWgmmaProof:
 
     def test_a_verdict_that_cannot_be_kept_is_found_again(self, hopper, monkeypatch):
         library, chosen = hopper
-        monkeypatch.setattr(native_wgmma, "_failed_proof", lambda *args: "")
-        monkeypatch.setattr(native_wgmma.tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
-        monkeypatch.setattr(
-            native_wgmma.native_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only"))
-        )
-        native._enable_wgmma(library)
+        monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: "")
+        monkeypatch.setattr(wgmma.tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
+        monkeypatch.setattr(wgmma.library_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only")))
+        loader._enable_wgmma(library)
         assert chosen == [True]
         assert not list(library.parent.iterdir())
 
@@ -281,8 +281,8 @@ LOAD = """
     import torch
     from torch.utils import cpp_extension
     cpp_extension.CUDA_HOME = {cuda!r}  # a CPU-only torch ignores the variable
-    from int8compile import native
-    native.load("cuda")
+    from int8compile.native import loader, providers
+    loader.load("cuda")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for op in ("linear", "quantize_rowwise", "scaled_mm", "input_gradient"):
         assert has("int8compile::" + op, "CUDA"), op

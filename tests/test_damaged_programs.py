@@ -266,7 +266,7 @@ def test_tensors_that_do_not_fill_their_memory(tmp_path, kind):
 
 def test_a_big_archive_is_read(tmp_path):
     """Sizes and positions that need more than 32 bits, as Python's zipfile writes them; the bytes are none."""
-    from int8compile.records import Records
+    from int8compile.programs.records import Records
 
     path, size = tmp_path / "big.pt2", (1 << 32) + 5
     names, at, central, content = ["m/a", "m/b"], 0, b"", {}

@@ -10,9 +10,9 @@ import pytest
 import tiny_library
 from typer.testing import CliRunner
 
-from int8compile import diagnosis, native, native_cache, native_library
 from int8compile.cli import app
 from int8compile.errors import KernelBuildError
+from int8compile.native import doctor, libraries, library_cache, loader
 
 runner = CliRunner()
 
@@ -21,11 +21,11 @@ runner = CliRunner()
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache folder that is not there yet, and no compiler that could be called."""
     monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(native_library, "compile_library", lambda *args: pytest.fail("was built"))
+    monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built"))
     return (tmp_path / "cache").resolve()
 
 
-def doctor() -> tuple[dict[str, Any], str]:
+def run_doctor() -> tuple[dict[str, Any], str]:
     """Its JSON; and its text, with what is on stderr, in one line."""
     as_json, as_text = runner.invoke(app, ["doctor", "--json"]), runner.invoke(app, ["doctor"])
     found = json.loads(as_json.stdout)
@@ -34,9 +34,9 @@ def doctor() -> tuple[dict[str, Any], str]:
 
 
 def test_an_empty_cache_folder_is_no_problem(cache):
-    found, text = doctor()
+    found, text = run_doctor()
     assert found["cache_folder"] == {"path": str(cache), "writable": True, "problem": None, "temporary": None}
-    assert found["libraries"]["cpu"] == {"path": str(native.library_path("cpu")), "built": False, "problem": None}
+    assert found["libraries"]["cpu"] == {"path": str(loader.library_path("cpu")), "built": False, "problem": None}
     assert found["problems"] == []
     assert "not built yet (int8compile build)" in text
     assert not cache.exists()
@@ -45,7 +45,7 @@ def test_an_empty_cache_folder_is_no_problem(cache):
 def test_a_cache_folder_that_is_refused(cache):
     cache.mkdir()
     cache.chmod(0o777)
-    found, text = doctor()
+    found, text = run_doctor()
     (problem,) = found["problems"]
     assert problem == found["cache_folder"]["problem"]
     assert f"is not used: every user may write to {cache} (mode 0777) (chmod go-w {cache})" in problem
@@ -67,7 +67,7 @@ def test_no_home(monkeypatch):
     for name in ("INT8COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "")
-    found, text = doctor()
+    found, text = run_doctor()
     assert found["cache_folder"]["path"] is None
     assert found["problems"] == ["there is no home folder for a cache: HOME is '' (set INT8COMPILE_CACHE_DIR)"]
     assert "builds in a temporary folder of each process" in text
@@ -77,23 +77,23 @@ def test_a_cache_folder_that_cannot_be_written_to(cache, monkeypatch):
     """Is none where all is built."""
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK))
-    found, _ = doctor()
+    found, _ = run_doctor()
     assert found["problems"] == [f"the cache folder {cache} cannot be written to: set INT8COMPILE_CACHE_DIR to another"]
-    ready = native_cache.State(ready=True)
-    monkeypatch.setattr(native, "inspect", lambda name: (native_cache.Place(cache, name, "library.so"), ready))
-    monkeypatch.setattr(diagnosis, "_kernels", lambda *args: {"chosen": None})
-    found, text = doctor()
+    ready = library_cache.State(ready=True)
+    monkeypatch.setattr(libraries, "inspect", lambda name: (library_cache.Place(cache, name, "library.so"), ready))
+    monkeypatch.setattr(doctor, "_kernels", lambda *args: {"chosen": None})
+    found, text = run_doctor()
     assert found["cache_folder"]["writable"] is False
     assert found["problems"] == []
     assert "(its checksum matches)" in text
 
 
 def test_a_damaged_library_is_named_and_left_as_it_is(cache):
-    library = native.library_path("cpu")
+    library = loader.library_path("cpu")
     library.parent.mkdir(parents=True, mode=0o700)
     library.write_bytes(b"damaged")
     library.with_name(f"{library.name}.sha256").write_text("0" * 64)
-    found, text = doctor()
+    found, text = run_doctor()
     problem = f"{library} is damaged (it does not match its checksum)"
     assert found["libraries"]["cpu"] == {"path": str(library), "built": False, "problem": problem}
     assert "is damaged" in text
@@ -102,26 +102,26 @@ def test_a_damaged_library_is_named_and_left_as_it_is(cache):
 
 def test_a_library_that_does_not_load_is_not_built_anew(tmp_path, monkeypatch):
     with tiny_library.defined(tmp_path / "sources"):
-        place, _ = native.inspect("tiny")
+        place, _ = libraries.inspect("tiny")
         place.folder.mkdir(mode=0o700)
         (place.folder / "built").write_bytes(b"not a library")
         scratch = place.folder / "scratch"
         scratch.mkdir()
-        native_cache.keep(place, shutil.move(place.folder / "built", scratch / "built"))
+        library_cache.keep(place, shutil.move(place.folder / "built", scratch / "built"))
         with pytest.raises(KernelBuildError, match=r"the tiny kernels do not load: .*tiny\.so: "):
-            native.load("tiny", build=False)
+            loader.load("tiny", build=False)
         assert place.library.read_bytes() == b"not a library"
         place.library.unlink()
         with pytest.raises(KernelBuildError, match="do not load: they are not built yet"):
-            native.load("tiny", build=False)
+            loader.load("tiny", build=False)
 
 
 def test_the_temporary_folder_in_use(cache):
     cache.touch()
     try:
-        folder = native_cache.temporary_folder()
-        found, text = doctor()
+        folder = library_cache.temporary_folder()
+        found, text = run_doctor()
         assert found["cache_folder"]["temporary"] == str(folder)
         assert f"a temporary folder takes its place: {folder}" in text
     finally:
-        native_cache._remove_temporary(os.getpid())
+        library_cache._remove_temporary(os.getpid())

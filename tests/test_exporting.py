@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import int8compile
 from int8compile.errors import ExportError, OptionValueError
-from int8compile.exporting import joined_path
 from int8compile.ops import linear, quantize_weight, scaled_mm
+from int8compile.programs.exporting import joined_path
 from int8compile.report import Reason
 
 EVERYTHING = {"min_features": 0}

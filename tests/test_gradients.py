@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from int8compile import native
+from int8compile.native import loader
 from int8compile.ops import input_gradient, linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import REFERENCES
 
@@ -20,7 +20,7 @@ BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @pytest.fixture(autouse=True, scope="module")
 def _native():
-    native.load("cpu")  # its gradients take the place of Python's for CPU tensors
+    loader.load("cpu")  # its gradients take the place of Python's for CPU tensors
 
 
 def problem(m: int, n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from tracing import rewrite
 
-from int8compile.capture import mark_constant_as
 from int8compile.errors import VerifyError
+from int8compile.graph.capture import mark_constant_as
 from int8compile.ops import linear
 from int8compile.passes import verify
 

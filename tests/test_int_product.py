@@ -13,9 +13,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from int8compile import Int8Config, inductor
+from int8compile import Int8Config, handoff
+from int8compile.limits import MAX_IN_FEATURES
 from int8compile.ops import int_product, linear, quantize_weight
-from int8compile.ops._library import MAX_IN_FEATURES, REFERENCES
+from int8compile.ops._library import REFERENCES
 from int8compile.ops.int_product import _cublas_product, _fp32_product, _onednn_product, int8_product
 
 
@@ -219,7 +220,7 @@ def test_cached_graphs_are_of_one_route(monkeypatch):
     """A graph of the reference bodies holds the route they took when it was compiled; inductor's caches do not ask."""
     tags = {}
     for multiplies, native in itertools.product([True, False], repeat=2):
-        monkeypatch.setattr(inductor, "cpu_multiplies_int8", lambda multiplies=multiplies: multiplies)
-        tags[multiplies, native] = inductor._cache_tag(Int8Config(), native)
+        monkeypatch.setattr(handoff, "cpu_multiplies_int8", lambda multiplies=multiplies: multiplies)
+        tags[multiplies, native] = handoff.cache_tag(Int8Config(), native)
     assert tags[True, False] != tags[False, False]
     assert tags[True, True] == tags[False, True]  # native kernels do not use torch's product

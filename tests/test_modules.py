@@ -194,7 +194,7 @@ def test_is_one_call_under_plain_inductor(dtype):
 def test_kernels_are_loaded_while_dynamo_traces(monkeypatch):
     """A process that unpickled a model may compile it before it ever runs eagerly."""
     loaded = []
-    monkeypatch.setattr("int8compile.modules._load_kernels", lambda *a: loaded.append(a) or True)
+    monkeypatch.setattr("int8compile.modules.int8_linear._load_kernels", lambda *a: loaded.append(a) or True)
     torch.compile(Int8Linear.from_float(float_linear()), fullgraph=True, backend="eager")(activation(5, 48))
     assert loaded == [("auto", "cpu")]
 

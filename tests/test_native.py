@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8compile import native
 from int8compile.errors import KernelBuildError
+from int8compile.native import loader, notices, providers
 
-LOAD = "from int8compile import native; native.load('common')"
+LOAD = "from int8compile.native import loader, providers; loader.load('common')"
 
 
 @pytest.fixture
@@ -61,15 +61,15 @@ def test_processes_build_once_whatever_one_that_was_killed_left_behind(cache):
 
 def test_no_compiler_is_named_and_falls_back_once(cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "load", lambda name: native.build(name))
-    native._warn_once.cache_clear()
+    monkeypatch.setattr(loader, "load", lambda name: loader.build(name))
+    notices.warn_once.cache_clear()
     with pytest.raises(KernelBuildError, match=r"cannot be built: no C\+\+ compiler \(no-such-compiler\) was found"):
-        native.choose_provider("native", [torch.ones(1)])
+        providers.choose_provider("native", [torch.ones(1)])
     for _ in range(2):
-        assert native.choose_provider("auto", [torch.ones(1)]) == native.Provider("reference (cpu)", native=False)
+        assert providers.choose_provider("auto", [torch.ones(1)]) == providers.Provider("reference (cpu)", native=False)
     (record,) = [r for r in caplog.records if r.name == "int8compile.native"]
     assert "no C++ compiler (no-such-compiler) was found; the slower reference operators" in record.message
-    assert native.choose_provider("reference", [torch.ones(1)]).native is False
+    assert providers.choose_provider("reference", [torch.ones(1)]).native is False
 
 
 def test_compiler_errors_come_with_their_lines(cache, monkeypatch, tmp_path):
@@ -78,25 +78,25 @@ def test_compiler_errors_come_with_their_lines(cache, monkeypatch, tmp_path):
     (tmp_path / "csrc" / "common" / "release_storage.cpp").write_text("#error this cannot work\n")
     monkeypatch.setattr(resources, "files", lambda package: tmp_path / "csrc")
     with pytest.raises(KernelBuildError, match=r"do not compile(.|\n)*release_storage\.cpp(.|\n)*this cannot work"):
-        native.build("common")
+        loader.build("common")
     assert not built(cache)
     assert not list(cache.glob("building-*"))
 
 
 def test_rejected_kernels_are_warned_about_once(monkeypatch, caplog):
-    native.load("cpu")
-    native._warn_once.cache_clear()
-    native._warn_of_rejected()
+    loader.load("cpu")
+    notices.warn_once.cache_clear()
+    loader._warn_of_rejected()
     assert not caplog.records
     monkeypatch.setattr(torch.ops.int8compile_native, "rejected", lambda: "amx avx512vnni")
     for _ in range(2):
-        native._warn_of_rejected()
+        loader._warn_of_rejected()
     (record,) = [r for r in caplog.records if r.name == "int8compile.native"]
     assert "kernels for amx, avx512vnni compute wrong numbers on this machine" in record.message
 
 
 def test_devices_without_native_kernels():
     meta = [torch.empty(1, device="meta")]
-    assert native.choose_provider("auto", meta).name == "reference (meta)"
+    assert providers.choose_provider("auto", meta).name == "reference (meta)"
     with pytest.raises(KernelBuildError, match="no native kernels for meta; use kernels='auto'"):
-        native.choose_provider("native", meta)
+        providers.choose_provider("native", meta)

@@ -10,8 +10,8 @@ import pytest
 import tiny_library
 import torch
 
-from int8compile import native, native_build
 from int8compile.errors import KernelBuildError
+from int8compile.native import builder
 
 COMPILER = shutil.which("c++")
 
@@ -38,7 +38,7 @@ def wrapper(tmp_path) -> Path:
 def build(folder: Path) -> bool:
     """Whether a library that works comes of it, with the environment as it was."""
     before = dict(os.environ)
-    built = native_build.compile_library("tiny", folder)
+    built = builder.compile_library("tiny", folder)
     assert dict(os.environ) == before
     return tiny_library.works(built)
 
@@ -49,7 +49,7 @@ def test_nothing_in_cxx_is_the_same_as_none(folder, monkeypatch, value):
     monkeypatch.delenv("CXX") if value is None and "CXX" in os.environ else None
     if value is not None:
         monkeypatch.setenv("CXX", value)
-    assert native.cxx() == ("c++", COMPILER)
+    assert builder.cxx() == ("c++", COMPILER)
     assert build(folder)
 
 
@@ -61,7 +61,7 @@ def test_what_is_in_cxx_is_run(folder, wrapper, monkeypatch, tmp_path, value):
     monkeypatch.setenv("TOOL", f"'{wrapper}'")
     quoted = f"'{wrapper}'" if value.startswith("{} ") else wrapper
     monkeypatch.setenv("CXX", value.format(quoted))
-    name, found = native.cxx()
+    name, found = builder.cxx()
     assert name == ("env" if value.startswith("env") else str(wrapper))
     assert found == shutil.which(name)
     assert build(folder)
@@ -83,7 +83,7 @@ def test_what_is_in_cxx_is_run(folder, wrapper, monkeypatch, tmp_path, value):
 )
 def test_a_compiler_that_is_not_there_is_named(folder, monkeypatch, value, named):
     monkeypatch.setenv("CXX", value)
-    assert native.cxx() == (named, None)
+    assert builder.cxx() == (named, None)
     with pytest.raises(KernelBuildError) as caught:
         build(folder)
     assert f"no C++ compiler ({named}) was found" in str(caught.value).splitlines()[0]
@@ -91,7 +91,7 @@ def test_a_compiler_that_is_not_there_is_named(folder, monkeypatch, value, named
 
 
 def test_missing_ninja_is_named(folder, monkeypatch):
-    monkeypatch.setattr(native_build, "ninja", lambda: None)
+    monkeypatch.setattr(builder, "ninja", lambda: None)
     with pytest.raises(KernelBuildError, match=r"ninja was not found \(pip install ninja\)"):
         build(folder)
 
@@ -100,7 +100,7 @@ def test_ninja_is_found_beside_python_where_it_is_not_on_path(folder, monkeypatc
     import ninja
 
     monkeypatch.setenv("PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != ninja.BIN_DIR))
-    assert Path(native.ninja()).parent == Path(ninja.BIN_DIR)
+    assert Path(builder.ninja()).parent == Path(ninja.BIN_DIR)
     assert build(folder)
 
 
@@ -111,7 +111,7 @@ def test_the_environment_is_restored_whatever_happens(folder, monkeypatch):
     inside = {}
 
     def interrupted() -> None:
-        with native_build._tools_in_environment(folder):
+        with builder._tools_in_environment(folder):
             inside.update(os.environ)
             raise KeyboardInterrupt
 
@@ -122,7 +122,7 @@ def test_the_environment_is_restored_whatever_happens(folder, monkeypatch):
     assert dict(os.environ) == before
     monkeypatch.setenv("CC", "gcc")
     monkeypatch.delenv("CXX")
-    with native_build._tools_in_environment(folder):
+    with builder._tools_in_environment(folder):
         assert os.environ["CC"] == "gcc"
 
 
@@ -136,14 +136,14 @@ def test_the_compiler_does_without_the_users_temporary_folder(folder, monkeypatc
 
     monkeypatch.setattr(tempfile, "gettempdir", (lambda: str(tmp_path)) if found else none)
     assert build(folder)
-    with native_build._tools_in_environment(folder):
+    with builder._tools_in_environment(folder):
         assert os.environ["TMPDIR"] == str(tmp_path if found else folder)
 
 
 def test_building_loads_nothing(folder):
     """It may turn out that the library cannot be kept; and what registers operators does so once a process."""
     before = set(torch.ops.loaded_libraries)
-    native_build.compile_library("tiny", folder)
+    builder.compile_library("tiny", folder)
     assert set(torch.ops.loaded_libraries) == before
 
 
@@ -164,12 +164,12 @@ def test_a_failed_build_does_not_stand_in_the_way_of_the_next(tmp_path):
 def test_other_flags_and_other_sources_are_another_library(tmp_path, monkeypatch):
     def key(source: str = tiny_library.SOURCE, *flags: str) -> str:
         with tiny_library.defined(tmp_path, source):
-            native.LIBRARIES["tiny"] = native.LIBRARIES["tiny"]._replace(flags=flags)
-            return native_build.key("tiny")
+            builder.LIBRARIES["tiny"] = builder.LIBRARIES["tiny"]._replace(flags=flags)
+            return builder.key("tiny")
 
     assert key() == key()
     keys = {key(), key("// other\n"), key(tiny_library.SOURCE, "-O3")}
-    monkeypatch.setattr(native_build, "_LINK_FLAGS", [])
+    monkeypatch.setattr(builder, "_LINK_FLAGS", [])
     keys.add(key())
     assert len(keys) == 4
     assert all(name.startswith("tiny-") for name in keys)

@@ -11,8 +11,8 @@ import tiny_library
 import torch
 from tiny_library import ANOTHER, warnings
 
-from int8compile import native, native_cache, native_library
 from int8compile.errors import KernelBuildError
+from int8compile.native import libraries, library_cache, loader, providers
 
 
 @pytest.fixture
@@ -24,18 +24,18 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def kept(cache, capfd) -> native_cache.Place:
+def kept(cache, capfd) -> library_cache.Place:
     """Where the library is, which is there."""
-    native.build("tiny")
+    loader.build("tiny")
     capfd.readouterr()
-    return native.inspect("tiny")[0]
+    return libraries.inspect("tiny")[0]
 
 
 def test_a_library_is_kept_with_its_checksum_and_found(kept, monkeypatch, caplog):
     digest = hashlib.sha256(kept.library.read_bytes()).hexdigest()
     assert kept.checksum.read_text() == f"{digest}  int8compile_tiny.so\n"  # as sha256sum -c has it
-    monkeypatch.setattr(native_library, "compile_library", lambda *args: pytest.fail("was built again"))
-    assert native.build("tiny") == kept.library == native.library_path("tiny")
+    monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built again"))
+    assert loader.build("tiny") == kept.library == loader.library_path("tiny")
     assert tiny_library.works(kept.library)
     assert not warnings(caplog)
 
@@ -48,7 +48,7 @@ def test_who_may_read_the_cache_folder_may_read_what_is_in_it_and_nobody_write(c
         try:
             cache.mkdir()
             cache.chmod(given)
-            library = native.build("tiny")
+            library = loader.build("tiny")
         finally:
             os.umask(before)
         modes = [path.stat().st_mode & 0o777 for path in (library.parent, library, Path(f"{library}.sha256"))]
@@ -60,7 +60,7 @@ def test_folders_on_the_way_are_made_for_this_user_alone(cache, monkeypatch):
     monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(cache / "a" / "b"))
     before = os.umask(0)
     try:
-        native.build("tiny")
+        loader.build("tiny")
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (cache, cache / "a", cache / "a" / "b")] == [0o700] * 3
@@ -89,7 +89,7 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, tuple[Callable[[native_cache.Place], object], str]] = {
+DAMAGE: dict[str, tuple[Callable[[library_cache.Place], object], str]] = {
     "truncated": (lambda p: os.truncate(p.library, 4096), "does not match its checksum"),
     "empty": (lambda p: os.truncate(p.library, 0), "does not match its checksum"),
     "garbage": (lambda p: p.library.write_bytes(os.urandom(20000)), "does not match its checksum"),
@@ -128,15 +128,15 @@ def test_what_is_not_as_it_was_built_is_built_anew_once(kept, kind, caplog, capf
     """In its place, since the cache folder is this user's; with one warning, and not from whatever was planted."""
     damage, expected = DAMAGE[kind]
     damage(kept)
-    native.load("tiny")
+    loader.load("tiny")
     (message,) = warnings(caplog)
     assert expected in message
     assert str(kept.library.parent) in message
     assert message.endswith("; it has been built anew")
     assert capfd.readouterr().err.count("compiling") == 1
     # All is well from then on.
-    monkeypatch.setattr(native_library, "compile_library", lambda *args: pytest.fail("was built again"))
-    assert native.build("tiny") == kept.library
+    monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built again"))
+    assert loader.build("tiny") == kept.library
     assert tiny_library.works(kept.library)
     assert warnings(caplog) == [message]
     assert not list(kept.folder.glob("building-*"))
@@ -146,7 +146,7 @@ def test_a_library_that_does_not_load_is_built_anew_once(kept, caplog, capfd):
     """Although its checksum is right, as on a system with other libraries."""
     kept.library.write_bytes(b"not a library")
     kept.checksum.write_text(hashlib.sha256(b"not a library").hexdigest())
-    native.load("tiny")
+    loader.load("tiny")
     (message,) = warnings(caplog)
     assert f"{kept.library} does not load (" in message
     assert message.endswith("; it has been built anew")
@@ -157,14 +157,14 @@ def test_a_library_that_does_not_load_is_built_anew_once(kept, caplog, capfd):
 def test_a_library_that_never_loads_is_an_error_and_built_once_a_process(tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     with tiny_library.defined(tmp_path, 'extern "C" int nowhere(); int call() { return nowhere(); }\n'):
-        native.build("tiny")  # linked, as by another system, and now at hand
+        loader.build("tiny")  # linked, as by another system, and now at hand
         capfd.readouterr()
-        load = native.load
-        monkeypatch.setattr(native, "load", lambda name: load("tiny"))
+        load = loader.load
+        monkeypatch.setattr(loader, "load", lambda name: load("tiny"))
         for _ in range(2):
             with pytest.raises(KernelBuildError, match=r"tiny kernels do not load, although .*: .*nowhere"):
-                native.choose_provider("native", [torch.ones(1)])
-            assert not native.choose_provider("auto", [torch.ones(1)]).native
+                providers.choose_provider("native", [torch.ones(1)])
+            assert not providers.choose_provider("auto", [torch.ones(1)]).native
         (message,) = warnings(caplog)
         assert "the tiny kernels do not load" in message
         assert capfd.readouterr().err.count("compiling") == 1
@@ -174,4 +174,4 @@ def test_a_damaged_library_is_named_where_none_can_be_built(kept, monkeypatch):
     os.truncate(kept.library, 100)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(KernelBuildError, match=r"\(no-such-compiler\) was found \(.*tiny\.so is damaged"):
-        native.load("tiny")
+        loader.load("tiny")

@@ -15,8 +15,8 @@ import tiny_library
 import torch
 from tiny_library import ANOTHER, copying, in_child, needs_root, warnings
 
-from int8compile import native, native_build, native_cache, native_library
 from int8compile.errors import KernelBuildError
+from int8compile.native import builder, libraries, library_cache, loader, providers
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def kept(cache, capfd) -> native_cache.Place:
+def kept(cache, capfd) -> library_cache.Place:
     """Where the library is, which is there."""
-    native.build("tiny")
+    loader.build("tiny")
     capfd.readouterr()
-    return native.inspect("tiny")[0]
+    return libraries.inspect("tiny")[0]
 
 
 class TestFoldersThatWillNotDo:
@@ -43,17 +43,17 @@ class TestFoldersThatWillNotDo:
         """Build, check that it was in a temporary folder that is this user's alone, and return the warning."""
 
         def build() -> str:
-            library = native.build("tiny")
-            assert library.parent.parent == native_cache.temporary_in_use()
+            library = loader.build("tiny")
+            assert library.parent.parent == library_cache.temporary_in_use()
             assert library.parent.parent.name.startswith("int8compile-")
             assert library.parent.parent.stat().st_mode & 0o777 == 0o700
             assert tiny_library.works(library)
-            assert native.build("tiny") == library == native.library_path("tiny")
-            native.load("tiny")
+            assert loader.build("tiny") == library == loader.library_path("tiny")
+            loader.load("tiny")
             (message,) = warnings(caplog)
             assert message.endswith("; kernels are built in a temporary folder, for this process alone")
             with pytest.raises(KernelBuildError, match="the tiny kernels cannot be kept: "):
-                native.build("tiny", keep=True)  # for `int8compile build`
+                loader.build("tiny", keep=True)  # for `int8compile build`
             return message
 
         return build
@@ -100,7 +100,7 @@ class TestFoldersThatWillNotDo:
         assert f"{cache} is not a folder" in built_elsewhere()
         monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(cache / "below"))
         with pytest.raises(KernelBuildError, match=f"{cache} is not a folder"):
-            native.build("tiny", keep=True)
+            loader.build("tiny", keep=True)
 
     def test_a_folder_that_cannot_be_made(self, built_elsewhere, monkeypatch):
         monkeypatch.setenv("INT8COMPILE_CACHE_DIR", "/proc/x")
@@ -139,7 +139,7 @@ class TestFoldersThatWillNotDo:
             folder.mkdir()
             folder.chmod(0o777)
 
-        monkeypatch.setattr(native_cache, "_make", make)
+        monkeypatch.setattr(library_cache, "_make", make)
         assert f"every user may write to {cache}" in built_elsewhere()
 
     def test_a_relative_cache_folder_is_none(self, cache, monkeypatch, tmp_path):
@@ -147,24 +147,24 @@ class TestFoldersThatWillNotDo:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         monkeypatch.setenv("INT8COMPILE_CACHE_DIR", "~/cache")
-        assert native.library_path("tiny").is_relative_to(cache)
+        assert loader.library_path("tiny").is_relative_to(cache)
         monkeypatch.delenv("INT8COMPILE_CACHE_DIR")
-        assert native.library_path("tiny").is_relative_to(tmp_path.resolve() / ".cache" / "int8compile")
+        assert loader.library_path("tiny").is_relative_to(tmp_path.resolve() / ".cache" / "int8compile")
 
     def test_a_home_that_is_not_there_is_made(self, cache, monkeypatch):
         for name in ("INT8COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HOME", str(cache / "home"))
-        assert native.build("tiny").is_relative_to(cache / "home" / ".cache" / "int8compile")
+        assert loader.build("tiny").is_relative_to(cache / "home" / ".cache" / "int8compile")
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
     def test_a_disk_that_is_full(self, cache, built_elsewhere, monkeypatch, code):
         """When the compiler writes, or when the library is to be kept."""
-        compile_library, fsync = native_library.compile_library, os.fsync
+        compile_library, fsync = libraries.compile_library, os.fsync
 
         def compiler(name: str, folder: Path) -> Path:
             if folder.is_relative_to(cache):
-                native_build._raise_if_full(folder, RuntimeError(f"as: cannot write: {os.strerror(code)}"))
+                builder._raise_if_full(folder, RuntimeError(f"as: cannot write: {os.strerror(code)}"))
             return compile_library(name, folder)
 
         def failing(descriptor: int) -> None:
@@ -172,7 +172,7 @@ class TestFoldersThatWillNotDo:
                 raise OSError(code, os.strerror(code))
             fsync(descriptor)
 
-        monkeypatch.setattr(native_library, "compile_library", compiler)
+        monkeypatch.setattr(libraries, "compile_library", compiler)
         if code != errno.ENOSPC:
             monkeypatch.setattr(os, "fsync", failing)
         assert f"the folder {cache} cannot be used: {os.strerror(code)}" in built_elsewhere()
@@ -186,12 +186,12 @@ class TestFoldersThatWillNotDo:
             raise FileNotFoundError("No usable temporary directory found")
 
         monkeypatch.setattr(tempfile, "mkdtemp", none)
-        monkeypatch.setattr(native, "load", lambda name: native.build("tiny"))
+        monkeypatch.setattr(loader, "load", lambda name: loader.build("tiny"))
         expected = r"cannot be built: the cache folder .* is not a folder .*; there is no temporary folder either: No "
         with pytest.raises(KernelBuildError, match=expected):
-            native.choose_provider("native", [torch.ones(1)])
+            providers.choose_provider("native", [torch.ones(1)])
         for _ in range(2):
-            assert native.choose_provider("auto", [torch.ones(1)]).name == "reference (cpu)"
+            assert providers.choose_provider("auto", [torch.ones(1)]).name == "reference (cpu)"
         (message,) = warnings(caplog)
         assert message.endswith("; the slower reference operators are used instead")
 
@@ -201,16 +201,16 @@ class TestFoldersThatWillNotDo:
         (tmp_path / "shared").chmod(0o777)
         cache.touch()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
-        library = native.build("tiny")
+        library = loader.build("tiny")
         assert not library.is_relative_to(tmp_path)
         assert not list((tmp_path / "shared").iterdir())
 
     @pytest.mark.parametrize("kernels", ["auto", "native"])
     def test_kernels_are_native_all_the_same(self, cache, kernels, monkeypatch):
         cache.touch()
-        monkeypatch.setattr(native, "load", lambda name: native.build("tiny"))
-        monkeypatch.setattr(native, "_kernel_set", lambda device: "tiny")
-        assert native.choose_provider(kernels, [torch.ones(1)]).native
+        monkeypatch.setattr(loader, "load", lambda name: loader.build("tiny"))
+        monkeypatch.setattr(providers, "_kernel_set", lambda device: "tiny")
+        assert providers.choose_provider(kernels, [torch.ones(1)]).native
 
 
 def test_the_temporary_folder_goes_with_its_process(tmp_path):
@@ -219,8 +219,8 @@ def test_the_temporary_folder_goes_with_its_process(tmp_path):
         "import os, sys\n"
         "import tiny_library\n"
         f"tiny_library.define(tiny_library.Path({str(tmp_path)!r}))\n"
-        "from int8compile import native, native_cache\n"
-        "library = native.build('tiny')\n"
+        "from int8compile.native import libraries, loader, providers; from int8compile.native import library_cache\n"
+        "library = loader.build('tiny')\n"
         "if os.fork() == 0:\n"
         "    sys.exit(0)\n"
         "os.wait()\n"
@@ -248,33 +248,33 @@ class TestOfAnotherUser:
     """A cache folder that root has filled, as in a container image, for a user who can only read it."""
 
     @pytest.fixture
-    def prebuilt(self, monkeypatch) -> Iterator[native_cache.Place]:
+    def prebuilt(self, monkeypatch) -> Iterator[library_cache.Place]:
         with open_to_all() as folder, tiny_library.defined(folder / "sources"):
             (folder / "cache").mkdir(mode=0o755)
             monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(folder / "cache"))
-            native.build("tiny")
-            yield native.inspect("tiny")[0]
+            loader.build("tiny")
+            yield libraries.inspect("tiny")[0]
 
     def test_it_is_used_without_a_lock(self, prebuilt, monkeypatch, capfd):
         for path in prebuilt.folder.glob("*.lock"):
             path.unlink()
 
         def load() -> None:
-            monkeypatch.setattr(native_library, "compile_library", lambda *args: pytest.fail("was built"))
-            native.load("tiny")
-            assert native.library_path("tiny") == prebuilt.library
+            monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built"))
+            loader.load("tiny")
+            assert loader.library_path("tiny") == prebuilt.library
 
         assert in_child(load, ANOTHER) == 0, capfd.readouterr().err
         assert not list(prebuilt.folder.glob("*.lock"))
 
     def test_what_it_lacks_or_hides_is_built_elsewhere(self, prebuilt, monkeypatch, capfd):
-        monkeypatch.setattr(native_library, "compile_library", copying(prebuilt.library))
+        monkeypatch.setattr(libraries, "compile_library", copying(prebuilt.library))
 
         def load() -> None:
-            monkeypatch.setattr(native, "_warn_once", lambda message: print(message, file=sys.stderr))
-            native.load("tiny")
-            assert native.library_path("tiny").parent.parent == native_cache.temporary_in_use()
-            native_cache._remove_temporary(os.getpid())
+            monkeypatch.setattr(loader, "warn_once", lambda message: print(message, file=sys.stderr))
+            loader.load("tiny")
+            assert loader.library_path("tiny").parent.parent == library_cache.temporary_in_use()
+            library_cache._remove_temporary(os.getpid())
 
         for change, expected in [
             (
@@ -291,4 +291,4 @@ class TestOfAnotherUser:
 
     def test_what_a_user_has_filled_is_not_for_root(self, prebuilt):
         os.chown(prebuilt.folder, ANOTHER, -1)
-        assert str(native.build("tiny")).startswith(str(native_cache.temporary_in_use()))
+        assert str(loader.build("tiny")).startswith(str(library_cache.temporary_in_use()))

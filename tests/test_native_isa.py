@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_programs import Mistake, Recipe, link, run
 
-from int8compile import native
+from int8compile.native import loader
 
 NATIVE = Recipe(
     flags=("-O1", "-Wno-error"),  # GCC warns of its own <immintrin.h>
@@ -36,7 +36,7 @@ def test_every_provider_of_this_cpu_stays_within_its_memory_and_is_right(program
     assert (done.returncode, done.stderr) == (0, ""), (done.stdout, done.stderr)
     names, last = done.stdout.splitlines()
     assert last == "right"
-    native.load("cpu")
+    loader.load("cpu")
     assert names == torch.ops.int8compile_native.isas()
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_library
 from tiny_library import copying, fork, in_child
 
-from int8compile import native, native_cache, native_library, native_trust
+from int8compile.native import libraries, library_cache, loader, trust
 
 
 @pytest.fixture
@@ -25,18 +25,18 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def kept(cache, capfd) -> native_cache.Place:
+def kept(cache, capfd) -> library_cache.Place:
     """Where the library is, which is there."""
-    native.build("tiny")
+    loader.build("tiny")
     capfd.readouterr()
-    return native.inspect("tiny")[0]
+    return libraries.inspect("tiny")[0]
 
 
 def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
     """At every line that it runs, while it puts a library into the place of one that is damaged."""
     whole, half = kept.library.read_bytes(), kept.library.read_bytes()[:100]
-    monkeypatch.setattr(native_library, "compile_library", copying(kept.library))
-    traced = {function.__code__ for function in (native_cache.keep, native_cache._remove)}
+    monkeypatch.setattr(libraries, "compile_library", copying(kept.library))
+    traced = {function.__code__ for function in (library_cache.keep, library_cache._remove)}
     lines: list[tuple[str, int]] = []
 
     def build(at_line: Callable[[tuple[str, int]], object]) -> None:
@@ -48,7 +48,7 @@ def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            native.build("tiny")
+            loader.build("tiny")
         finally:
             sys.settrace(before)
 
@@ -60,13 +60,13 @@ def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
         killed = in_child(lambda here=line: build(lambda at: at == here and os.kill(os.getpid(), signal.SIGKILL)))
         assert killed == -signal.SIGKILL
         there = {path.name: path.read_bytes() for path in kept.folder.glob(f"{kept.key}/*")}
-        if native_cache.state(kept).ready:
+        if library_cache.state(kept).ready:
             assert there[kept.library.name] == whole, line
         else:
             assert there.get(kept.library.name, half) == half, line  # nothing new without its checksum
             assert list(kept.folder.glob("building-*"))
-            native.build("tiny")
-            assert native_cache.state(kept).ready
+            loader.build("tiny")
+            assert library_cache.state(kept).ready
             assert not list(kept.folder.glob("building-*"))
 
 
@@ -76,8 +76,8 @@ def test_eight_processes_that_start_together_build_once(cache, capfd):
     def build() -> None:
         os.close(writing)
         os.read(reading, 1)  # until all are there
-        native.build("tiny")
-        assert tiny_library.works(native.library_path("tiny"))
+        loader.build("tiny")
+        assert tiny_library.works(loader.library_path("tiny"))
 
     children = [fork(build) for _ in range(8)]
     os.close(reading)
@@ -96,11 +96,11 @@ def test_without_locks_processes_do_not_disturb_each_other(kept, monkeypatch):
     def unlocked(path: Path) -> Iterator[bool]:
         yield False
 
-    monkeypatch.setattr(native_cache, "locked", unlocked)
+    monkeypatch.setattr(library_cache, "locked", unlocked)
     theirs = kept.folder / f"building-{kept.key}-theirs"
     theirs.mkdir()
     os.truncate(kept.library, 100)
-    native.build("tiny")
+    loader.build("tiny")
     assert theirs.exists()
     assert tiny_library.works(kept.library)
     # One that was faster: its library is as good.
@@ -113,24 +113,24 @@ def test_without_locks_processes_do_not_disturb_each_other(kept, monkeypatch):
 
     os.truncate(kept.library, 100)
     monkeypatch.setattr(Path, "rename", late)
-    assert native.build("tiny") == kept.library
-    assert native_cache.state(kept).ready
+    assert loader.build("tiny") == kept.library
+    assert library_cache.state(kept).ready
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, error):
-    with native_cache.locked(tmp_path / "lock") as held:
+    with library_cache.locked(tmp_path / "lock") as held:
         assert held
 
     def fail(self: object) -> None:
         raise error
 
-    monkeypatch.setattr(native_cache.filelock.FileLock, "_acquire", fail)
-    with native_cache.locked(tmp_path / "lock") as held:
+    monkeypatch.setattr(library_cache.filelock.FileLock, "_acquire", fail)
+    with library_cache.locked(tmp_path / "lock") as held:
         assert not held
 
 
 def test_nobody_else_can_hold_a_lock(kept):
     (lock,) = kept.folder.glob("*.lock")
     assert lock.stat().st_mode & 0o077 == 0
-    assert native_trust.current_user() is None or lock.stat().st_uid == os.geteuid()
+    assert trust.current_user() is None or lock.stat().st_uid == os.geteuid()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from int8compile import native_trust
-from int8compile.native_trust import Untrusted, User, check_folder, opened
+from int8compile.native import trust
+from int8compile.native.trust import Untrusted, User, check_folder, opened
 
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
 
@@ -20,7 +20,7 @@ def check(owner: int, mode: int, group: int = STAFF, *, above: bool = False) -> 
     """What is wrong with a folder of such an owner and mode; empty if nothing is."""
     status = os.stat_result((stat.S_IFDIR | mode, 1, 1, 2, owner, group, 0, 0, 0, 0))
     try:
-        native_trust._check(Path("/some/folder"), status, stat.S_ISDIR, "a folder", above=above)
+        trust._check(Path("/some/folder"), status, stat.S_ISDIR, "a folder", above=above)
     except Untrusted as error:
         return f"{error} ({error.way_out})"
     return ""
@@ -29,7 +29,7 @@ def check(owner: int, mode: int, group: int = STAFF, *, above: bool = False) -> 
 @pytest.fixture
 def be(monkeypatch):
     """Run as some user."""
-    return lambda *user: monkeypatch.setattr(native_trust, "current_user", lambda: (user and User(*user)) or None)
+    return lambda *user: monkeypatch.setattr(trust, "current_user", lambda: (user and User(*user)) or None)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_without_user_ids_everything_is_trusted(be, monkeypatch):
     assert check(MALLORY, 0o777) == ""
     monkeypatch.undo()
     monkeypatch.delattr(os, "geteuid")
-    assert native_trust.current_user() is None
+    assert trust.current_user() is None
 
 
 Account = namedtuple("Account", "pw_name pw_gid")
@@ -122,9 +122,9 @@ def test_private_groups(account, group, expected, monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", account_of)
     monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
-    native_trust._private_groups.cache_clear()
-    assert native_trust.current_user().private_groups == expected
-    native_trust._private_groups.cache_clear()
+    trust._private_groups.cache_clear()
+    assert trust.current_user().private_groups == expected
+    trust._private_groups.cache_clear()
 
 
 def test_the_whole_way_to_a_folder_is_looked_at(tmp_path):

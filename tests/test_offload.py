@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from int8compile import Int8Linear, Reason, dequantize_, quantize_
 from int8compile.errors import ModuleError
-from int8compile.formats import FORMATS
-from int8compile.inplace import is_offloaded
 from int8compile.integrations.transformers import Int8Config, save_pretrained
+from int8compile.modules.inplace import is_offloaded
+from int8compile.weights.formats import FORMATS
 
 LLAMA = next(entry for entry in ZOO if entry.name == "Llama")
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from int8compile import native
-from int8compile.config import SMALLEST_THRESHOLD
+from int8compile.limits import SMALLEST_THRESHOLD
+from int8compile.native import loader, providers
 from int8compile.ops import input_gradient, linear, master_linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import REFERENCES
 
@@ -50,9 +50,9 @@ VECTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 sizes = st.one_of(st.integers(0, 4), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 97, 130, 200]))
 
 
-def providers() -> Iterator[str]:
+def each_provider() -> Iterator[str]:
     """Each provider of this CPU, chosen while it is yielded."""
-    native.load("cpu")
+    loader.load("cpu")
     try:
         for name in torch.ops.int8compile_native.isas().split():
             torch.ops.int8compile_native.set_isa(name)
@@ -163,7 +163,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, terms: Terms) -> None:
 @settings(max_examples=150, deadline=None)
 def test_quantize_rowwise_has_the_references_bits(x, threshold):
     want = REFERENCES[quantize_rowwise](x, threshold)
-    for _ in providers():
+    for _ in each_provider():
         for a, b in zip(quantize_rowwise(x, threshold), want, strict=True):
             assert_same_bits(a, b)
 
@@ -175,7 +175,7 @@ def test_linear_is_the_reference(problem):
     mask = columns if problem.threshold > 0 else None
     want = REFERENCES[linear](*problem.arguments())
     terms = Terms.of(q, row_scale, mask, problem, problem.residual_from)
-    for _ in providers():
+    for _ in each_provider():
         got = linear(*problem.arguments())
         assert_close(got, want, terms)
         if not columns.any():
@@ -203,7 +203,7 @@ def test_scaled_mm_is_the_reference_for_any_codes_and_columns(problem, layouts, 
     rest = (problem.weight, problem.scale, problem.bias, out_dtype, problem.residual_from)
     want = REFERENCES[scaled_mm](q, scales, problem.x, outliers, *rest)
     terms = Terms.of(q, scales, outliers, problem, problem.residual_from)
-    for _ in providers():
+    for _ in each_provider():
         got = scaled_mm(q, scales, problem.x, outliers, *rest)
         assert_close(got, want, terms)
         if outliers is None or not outliers.any():
@@ -257,7 +257,7 @@ def test_master_linear_and_gradients_do_not_depend_on_layouts(problem):
     dense = [
         t if t is None else t.contiguous().clone() for t in (x, weight, problem.bias, problem.weight, problem.scale)
     ]
-    for _ in providers():
+    for _ in each_provider():
         got = master_linear(x, weight, problem.bias, problem.threshold, problem.policy)
         want = master_linear(dense[0], dense[1], dense[2], problem.threshold, problem.policy)
         size = x.double().abs() @ weight.double().abs().t()
@@ -277,12 +277,12 @@ def test_quantize_weight_does_not_depend_on_layouts(x):
 
 
 def test_every_provider_is_tried():
-    assert list(providers()) == torch.ops.int8compile_native.isas().split()
+    assert list(each_provider()) == torch.ops.int8compile_native.isas().split()
     assert torch.ops.int8compile_native.isa() == torch.ops.int8compile_native.isas().split()[0]
-    assert {"portable"} <= set(providers())
+    assert {"portable"} <= set(each_provider())
 
 
 @pytest.fixture(autouse=True)
 def _native_kernels() -> None:
-    if not native.choose_provider("auto", [torch.ones(1)]).native:
+    if not providers.choose_provider("auto", [torch.ones(1)]).native:
         pytest.skip("no native kernels here")

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from int8compile import native
+from int8compile.limits import MAX_IN_FEATURES
+from int8compile.native import providers
 from int8compile.ops import linear, quantize_rowwise, quantize_weight, scaled_mm
-from int8compile.ops._library import MAX_IN_FEATURES, REFERENCES
+from int8compile.ops._library import REFERENCES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One rounding to the output's dtype, and the rounding of residuals to the input's.
@@ -22,7 +23,7 @@ BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 @pytest.fixture(params=["native", "reference"], scope="class")
 def _each_provider(request: pytest.FixtureRequest) -> Iterator[None]:
     """The class's tests with the native kernels (where they build), and with the reference bodies."""
-    provider = native.choose_provider("auto", [torch.ones(1)])
+    provider = providers.choose_provider("auto", [torch.ones(1)])
     if request.param == "native" and not provider.native:
         pytest.skip("no native kernels here")
     ours = {op: globals()[op] for op in ("linear", "quantize_rowwise", "scaled_mm")}

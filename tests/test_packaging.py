@@ -17,9 +17,12 @@ from test_models import FP32_BOUND
 from torch import nn
 
 import int8compile
-from int8compile import cpu_targets, inductor, native, packaging
+from int8compile import handoff
 from int8compile.errors import ExportError, OptionValueError, ProgramFileError
+from int8compile.native import loader
 from int8compile.ops._library import REFERENCES
+from int8compile.programs import cpu_targets, packaging
+from int8compile.torch_internals import aot
 
 ROOT = Path(__file__).resolve().parent.parent
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -101,7 +104,7 @@ def check_cpp(program, package, executable: Path) -> None:
 
 
 def test_cpp_prints_the_same_logits(program, package, cmake, tmp_path):
-    executable = build(cmake, tmp_path / "build", f"-DINT8COMPILE_LIBRARY={native.build('cpu')}")
+    executable = build(cmake, tmp_path / "build", f"-DINT8COMPILE_LIBRARY={loader.build('cpu')}")
     check_cpp(program, package, executable)
     usage = subprocess.run([str(executable)], capture_output=True, text=True, check=False)
     assert (usage.returncode, usage.stderr.split()[0]) == (2, "usage:")
@@ -113,7 +116,7 @@ def test_cpp_prints_the_same_logits(program, package, cmake, tmp_path):
 def test_a_copy_of_the_example_takes_what_the_installed_package_has(program, package, cmake, tmp_path):
     source = tmp_path / "a copy"
     shutil.copytree(ROOT / "examples" / "cpp", source)
-    library = f"-DINT8COMPILE_LIBRARY={native.build('cpu')}"
+    library = f"-DINT8COMPILE_LIBRARY={loader.build('cpu')}"
     check_cpp(program, package, build(cmake, tmp_path / "build here", library, source=source))
 
 
@@ -137,7 +140,7 @@ def test_cpp_defines_what_python_defines():
     ops = {op._schema.name.split("::")[1]: op for op in REFERENCES}
     del ops["master_linear"]  # for training, which is Python's
     del ops["quantize_weight"]  # weights are quantised before there is a package
-    schemas, tags, value = json.loads(python(code, native.build("cpu"), *ops).stdout)
+    schemas, tags, value = json.loads(python(code, loader.build("cpu"), *ops).stdout)
     assert schemas == {name: str(op._schema) for name, op in ops.items()}
     assert tags == {name: [str(tag) for tag in op.tags] for name, op in ops.items()}
     assert value == pytest.approx(64 / 127 * 2, rel=1e-6)  # code 63.5 -> 64
@@ -253,7 +256,7 @@ def test_what_a_cpu_cannot_run_is_refused_before_it_is_loaded(package, tmp_path,
 
 def test_damaged_packages_are_refused_before_their_code_is_loaded(package, tmp_path, monkeypatch):
     """(1) cut off (2) a bit of the machine code (3) a bit of the directory (4) what it says of itself."""
-    monkeypatch.setattr(inductor, "load_package", lambda *_: pytest.fail("its code was loaded"))
+    monkeypatch.setattr(aot, "load_package", lambda *_: pytest.fail("its code was loaded"))
     whole, path = package.read_bytes(), tmp_path / "damaged.pt2"
     with zipfile.ZipFile(package) as archive:
         (code,) = (info for info in archive.infolist() if info.filename.endswith(".so"))
@@ -269,7 +272,7 @@ def test_damaged_packages_are_refused_before_their_code_is_loaded(package, tmp_p
     with pytest.raises(ProgramFileError, match="is truncated, or not a package at all"):
         int8compile.load_package(path)
     for about in ("{", "[]", '{"cpu_flags": 3}', '{"cpu_flags": [3]}', '{"cpu_isa": []}', "[" * 100_000):
-        monkeypatch.setattr(inductor, "package_metadata", lambda _, about=about: {"int8compile": about})
+        monkeypatch.setattr(aot, "package_metadata", lambda _, about=about: {"int8compile": about})
         with pytest.raises(ProgramFileError, match="is damaged: what it says of itself"):
             int8compile.load_package(package)
 
@@ -298,7 +301,7 @@ def test_a_package_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(inductor, "compile_package", fails)
+    monkeypatch.setattr(handoff, "compile_package", fails)
     with pytest.raises(OSError, match="disk full"):
         int8compile.package(program, old)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from tracing import golden, rewrite
 
-from int8compile.graph_text import dump
+from int8compile.graph.dump import dump
 from int8compile.ops import linear, quantize_rowwise, scaled_mm
 from int8compile.report import Reason
 

@@ -16,7 +16,7 @@ MEMORY = """
     import ctypes, gc, json, threading, time, psutil, torch
     from torch import nn
     import int8compile
-    from int8compile.weights import STORE
+    from int8compile.weights.store import STORE
 
     process = psutil.Process()
     def rss():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from int8compile.errors import CaptureError
-from int8compile.graph_text import DUMP_VERSION
+from int8compile.graph.dump import DUMP_VERSION
 from int8compile.testing import assert_int8_graph, assert_int8_sites, assert_op_counts, trace
 
 SUITE = Path(__file__).resolve().parent.parent / "examples" / "golden_suite" / "test_goldens.py"

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from int8compile import Int8Config, native
-from int8compile.config import SMALLEST_THRESHOLD
+from int8compile import Int8Config
 from int8compile.errors import OptionValueError
+from int8compile.limits import SMALLEST_THRESHOLD
+from int8compile.native import providers
 from int8compile.ops import linear, master_linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import REFERENCES
 
@@ -81,7 +82,7 @@ def test_operators_refuse_them_in_the_same_words(name, value):
 @pytest.mark.parametrize("value", ACCEPTED)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_agree_on_any_other(name, value):
-    if native.choose_provider("auto", [torch.ones(1)]).native is False:
+    if providers.choose_provider("auto", [torch.ones(1)]).native is False:
         pytest.skip("no native kernels here")
     torch.manual_seed(0)
     problem = call(name, value)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import int8compile
-from int8compile.training_mode import modules_in_training
+from int8compile.programs.training_mode import modules_in_training
 
 
 class Wrapper(nn.Module):

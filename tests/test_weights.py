@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import int8compile
-from int8compile import native, weights
+from int8compile.native import loader
 from int8compile.ops import quantize_weight
-from int8compile.weights import STORE, Member, WeightStore
+from int8compile.weights import store
+from int8compile.weights.store import STORE, Member, WeightStore
 
 
 class Net(nn.Module):
@@ -340,7 +341,7 @@ class TestStore:
         assert torch.equal(packed.scale, scale)
 
     def test_large_weights_are_quantized_in_slices(self, monkeypatch):
-        monkeypatch.setattr("int8compile.weights._CHUNK", 64)
+        monkeypatch.setattr("int8compile.weights.store._CHUNK", 64)
         weight = torch.randn(37, 16)
         packed = WeightStore().resolve([Member(weight, False)])
         assert torch.equal(packed.weight, quantize_weight(weight)[0])
@@ -351,10 +352,10 @@ class TestStore:
 def stamps(request, monkeypatch):
     """Takes the stamps of tensors: with C++, and without."""
     if request.param == "native":
-        native.load("common")
+        loader.load("common")
     else:
-        monkeypatch.setattr(native, "_loaded", set())
-    return weights._stamps  # the choice between the two
+        monkeypatch.setattr(loader, "_loaded", set())
+    return store._stamps  # the choice between the two
 
 
 class TestStamps:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from int8compile import native, native_cache
+from int8compile.native import builder, library_cache, loader, notices
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 ANOTHER = 42345  # a user id that nobody has
@@ -28,21 +28,21 @@ def define(folder: Path, source: str = SOURCE) -> None:
     """A library ``tiny``, whose source is in ``folder``, beside those there are."""
     (folder / "tiny").mkdir(parents=True, exist_ok=True)
     (folder / "tiny" / "tiny.cpp").write_text(source)
-    native.LIBRARIES["tiny"] = native.Library((str(folder / "tiny"),), ("-O0",))
+    builder.LIBRARIES["tiny"] = builder.Library((str(folder / "tiny"),), ("-O0",))
 
 
 @contextlib.contextmanager
 def defined(folder: Path, source: str = SOURCE) -> Iterator[None]:
     """As ``define``, for as long as the context lasts."""
     define(folder, source)
-    native._warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     try:
         yield
     finally:
-        del native.LIBRARIES["tiny"]
-        native._loaded.discard("tiny")
-        native._hopeless.pop("tiny", None)
-        native_cache._remove_temporary(os.getpid())
+        del builder.LIBRARIES["tiny"]
+        loader._loaded.discard("tiny")
+        loader._hopeless.pop("tiny", None)
+        library_cache._remove_temporary(os.getpid())
 
 
 def works(library: Path) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from int8compile import testing
-from int8compile.capture import Capture
-from int8compile.graph_text import dump
+from int8compile.graph.capture import Capture
+from int8compile.graph.dump import dump
 from int8compile.passes import PassContext
 
 

@@ -1,6 +1,6 @@
 // Whether tensors are what they were: the check a compiled graph makes of all its float weights at each call.
 //
-// The meaning is that of _Stamp in int8compile/weights.py, where it is explained: same tensor, same version, same memory,
+// The meaning is that of _Stamp in int8compile/weights/store.py, where it is explained: same tensor, same version, same memory,
 // and the same bytes at a few places of it.
 // It is here because a model has hundreds of weights and a decoded token few microseconds for them.
 

@@ -23,9 +23,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from int8compile.inplace import carry_hooks, dequantize_
-from int8compile.modules import Int8Linear
-from int8compile.weights import Packed, pack
+from int8compile.modules.inplace import carry_hooks, dequantize_
+from int8compile.modules.int8_linear import Int8Linear
+from int8compile.weights.store import Packed, pack
 
 
 class LoraInt8Linear(Linear):  # type: ignore[misc]

@@ -13,17 +13,12 @@ from typing import Any
 
 import torch
 
-from int8compile.config import SMALLEST_THRESHOLD
+from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES, SMALLEST_THRESHOLD
 
 LIBRARY = torch.library.Library("int8compile", "DEF")
 
 #: operator -> reference body, for compiling the reference itself through inductor
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-
-#: int32 sums of products of two codes in [-127, 127] are exact up to this many (127 * 127 * K < 2**31)
-MAX_IN_FEATURES = 131072
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def define(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, check, define
+from int8compile.limits import FLOAT_DTYPES
+from int8compile.ops._library import check, define
 
 
 def _check(grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, MAX_IN_FEATURES, check, check_activation, check_threshold, define
+from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
+from int8compile.ops._library import check, check_activation, check_threshold, define
 from int8compile.ops.input_gradient import bias_gradient
 from int8compile.ops.quantize_rowwise import quantize_rowwise, rows
 from int8compile.ops.quantize_weight import quantize_weight

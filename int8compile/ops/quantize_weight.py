@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, check, define
+from int8compile.limits import FLOAT_DTYPES
+from int8compile.ops._library import check, define
 
 # Below this magnitude 127 / absmax would overflow fp32; such a channel or row counts as zero.
 TINY = 2.0**-120

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import FLOAT_DTYPES, check, check_activation, check_threshold, check_weight, define
+from int8compile.limits import FLOAT_DTYPES
+from int8compile.ops._library import check, check_activation, check_threshold, check_weight, define
 from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.int_product import int8_product
 from int8compile.ops.quantize_rowwise import rows

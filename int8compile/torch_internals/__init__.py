@@ -1,4 +1,9 @@
-"""The only place for torch's private interfaces. Whatever breaks with a new torch release breaks here.
+"""The only place that touches torch's private interfaces; what breaks with a new torch release breaks here.
 
-(``int8compile/inductor.py``, older than this folder, is the other half of it.)
+``dynamo``     what Dynamo knows of the compile that goes on, and torch's structured trace
+``inductor``   the hand-off to inductor
+``aot``        AOTInductor's packages
+``operators``  the schemas behind a graph's calls, and what a call does when it runs on fakes
+``tensors``    a tensor's storage, and whether it is a fake
+``files``      the schema of torch's program files
 """

@@ -38,7 +38,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from int8compile.graph_text import meta_value
+from int8compile.graph.dump import meta_value
 from int8compile.torch_internals.operators import is_higher_order, overloads_of, run_on_fakes
 
 #: memory that may be any other

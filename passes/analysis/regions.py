@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from int8compile.graph_text import meta_value
+from int8compile.graph.dump import meta_value
 
 _SET_GRAD = torch._C._set_grad_enabled
 

@@ -1,0 +1,1 @@
+"""Folders of transformers checkpoints: ``convert`` writes an int8 copy, ``comparison`` runs both side by side."""

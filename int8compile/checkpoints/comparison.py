@@ -1,0 +1,93 @@
+"""``int8compile quantize --verify``: the outputs of an int8 checkpoint beside those of the float one it was made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from int8compile.checkpoints.convert import empty_model
+from int8compile.errors import CheckpointError, OptionValueError
+from int8compile.integrations.transformers import take_over_bitsandbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Outputs of an int8 checkpoint beside those of the float one: relative error, and how often the best agree."""
+
+    error: float
+    agreement: float
+
+
+def check_comparable(source: Path, format: str) -> None:
+    """Whether ``compare`` can be asked for, before there is anything to compare.
+
+    Raises:
+        OptionValueError: a format whose reader is not installed, or a model with unknown inputs.
+        CheckpointError: as ``empty_model``.
+    """
+    if format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+        raise OptionValueError("verify", True, "False, or what reads that format: pip install compressed-tensors")
+    _random_inputs(empty_model(source))
+
+
+def compare(source: Path, target: Path, format: str) -> Comparison:
+    """Run both checkpoints on the same random tokens, pixels or sounds.
+
+    Raises:
+        OptionValueError: as ``check_comparable``.
+        CheckpointError: as there, or the int8 model's outputs are not finite where the float model's are.
+    """
+    check_comparable(source, format)
+    config = transformers.AutoConfig.from_pretrained(source)
+    family = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    model = family.from_pretrained(source)
+    inputs = _random_inputs(model)
+    want = _outputs(model, inputs)
+    del model
+    take_over_bitsandbytes(format == "bitsandbytes")
+    try:
+        got = _outputs(family.from_pretrained(target), inputs)
+    finally:
+        take_over_bitsandbytes(False)
+    if want.isfinite().all() and not got.isfinite().all():
+        raise CheckpointError("the model's output", "is not finite", "finite numbers, as from the float model", target)
+    agreement = (got.argmax(-1) == want.argmax(-1)).double().mean()
+    return Comparison(float((got - want).norm() / want.norm()), float(agreement))
+
+
+def _random_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Inputs of a model by the name of its main one, the same in every run."""
+    config, name, random = model.config, model.main_input_name, torch.Generator().manual_seed(0)
+    inputs: dict[str, torch.Tensor] = {}
+    if name == "input_ids":
+        inputs[name] = _tokens(config, (2, 64), random)
+    elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size = (config.image_size, config.image_size)
+        inputs[name] = torch.randn((2, getattr(config, "num_channels", 3), *size), generator=random)
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions  # the encoder's convolution halves them
+        inputs[name] = torch.randn((1, config.num_mel_bins, frames), generator=random)
+    elif name == "input_values":
+        inputs[name] = torch.randn((1, 16000), generator=random)  # a second, as speech models sample it
+    else:
+        raise OptionValueError("verify", True, f"False for a {type(model).__name__}, which takes {name}")
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _tokens(config, (len(inputs[name]), 16), random)
+    return inputs
+
+
+def _tokens(config: Any, shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
+    return torch.randint(config.get_text_config().vocab_size, shape, generator=random)
+
+
+@torch.no_grad()
+def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    dtype = model.dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    first: torch.Tensor = model(**inputs, return_dict=False)[0]
+    return first.double()

@@ -1,0 +1,3 @@
+from int8compile.cli.app import main
+
+main()

@@ -1,0 +1,339 @@
+"""The ``int8compile`` command.
+
+Exit codes, for every command: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage, and as shells
+have it 130 after Ctrl-C and 143 after SIGTERM, which leave no half-written program behind.
+With ``--json`` the answer on stdout is one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from int8compile.errors import Int8CompileError
+from int8compile.files import check_target
+
+app = typer.Typer(
+    help="LLM.int8() as a torch.compile backend: model = torch.compile(model, backend='int8')",
+    epilog="Exit codes: 0 done; 1 it could not be done, the reason is on stderr; 2 wrong usage; 130 and "
+    "143 stopped by Ctrl-C and SIGTERM. With --json, stdout is one JSON document and nothing else.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback()
+def _root() -> None:
+    """So that a command's name is needed while there are few of them."""
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is there, what was chosen, where builds are kept, and what is missing.
+
+    Builds nothing. Exits with 1 if something keeps native kernels from being used.
+
+    Example: int8compile doctor --json
+    """
+    from int8compile.native.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        print_json(found)
+    else:
+        _print_diagnosis(found)
+    raise typer.Exit(1 if found["problems"] else 0)
+
+
+@app.command()
+def build(as_json: AsJson = False) -> None:
+    """Compile the native kernels now, so that the first compiled model does not wait: for container images.
+
+    Keeps them in INT8COMPILE_CACHE_DIR, or else in the user's cache folder. What is built already is left as it is.
+
+    Example: INT8COMPILE_CACHE_DIR=/opt/int8compile int8compile build
+    """
+    from int8compile.native import loader, providers
+
+    built: dict[str, Any] = {}
+    for name in providers.wanted():
+        start = time.perf_counter()
+        with failures_to_stderr():
+            path = loader.build(name, keep=True)
+            loader.load(name)
+        built[name] = {"path": str(path), "seconds": round(time.perf_counter() - start, 3)}
+        if not as_json:
+            out.print(f"{name}: {path} ({built[name]['seconds']:.1f} s)", highlight=False)
+    if as_json:
+        print_json(built)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a float transformers checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make, or one that an interrupted run left.")],
+    format: Annotated[
+        str, typer.Option(help="int8compile, bitsandbytes, or compressed-tensors (for vLLM and SGLang).")
+    ] = "int8compile",
+    threshold: Annotated[float, typer.Option(help="llm_int8_threshold")] = 6.0,
+    skip: Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")] = None,
+    min_features: Annotated[int, typer.Option(help="Smaller linears stay in float.")] = 128,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare both models' outputs afterwards.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an int8 copy of a checkpoint, file by file, without ever holding the model.
+
+    Can be stopped at any time: an unfinished folder does not load, and the same command goes on where it was.
+
+    Example: int8compile quantize SmolLM2-135M SmolLM2-135M-int8 --verify
+    """
+    with failures_to_stderr():
+        try:
+            from int8compile.checkpoints import comparison, convert
+            from int8compile.integrations.transformers import Int8Config
+        except ImportError as error:
+            raise Int8CompileError(
+                f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
+            ) from error
+        config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
+        if verify:
+            comparison.check_comparable(source, format)
+        with _progress(as_json, DownloadColumn()) as progress:
+            done = convert.quantize_folder(source, target, config, format, progress)
+        compared = comparison.compare(source, target, format) if verify else None
+    if done.unmatched:
+        err.print(f"--skip that names no linear: {', '.join(done.unmatched)}", markup=False, highlight=False)
+    result: dict[str, Any] = {
+        "linears": len(done.sites),
+        "int8": sum(site.rewritten for site in done.sites),
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "files_resumed": done.resumed,
+        "unmatched": done.unmatched,
+        "verify": compared and {"relative_error": compared.error, "top_1_agreement": compared.agreement},
+    }
+    if as_json:
+        print_json(result)
+        return
+    mib = f"{done.bytes_before / 2**20:.1f} -> {done.bytes_after / 2**20:.1f} MiB"
+    out.print(f"{result['int8']} of {result['linears']} linears in int8, {mib}: {target}", highlight=False)
+    if compared is not None:
+        agreement = f"the same best one in {compared.agreement:.1%} of places"
+        out.print(f"outputs for random inputs: relative error {compared.error:.3g}, {agreement}", highlight=False)
+
+
+Model = Annotated[
+    str, typer.Argument(help="A transformers folder or hub name, or module:function that returns (model, args).")
+]
+Threshold = Annotated[float, typer.Option(help="llm_int8_threshold")]
+Skip = Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")]
+MinFeatures = Annotated[int, typer.Option(help="Smaller linears stay in float.")]
+Kernels = Annotated[str, typer.Option(help="auto, native or reference")]
+
+
+@app.command()
+def explain(
+    model: Model,
+    threshold: Threshold = 6.0,
+    skip: Skip = None,
+    min_features: MinFeatures = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Say which linears of a model would run in int8, which would not, and why. Compiles nothing.
+
+    Example: int8compile explain ./SmolLM2-135M
+    """
+    with failures_to_stderr(), _progress(as_json) as progress:
+        progress(f"load {model}", 0, None)
+        import torch
+
+        from int8compile.cli.named_models import find
+        from int8compile.explanation import explain as explain_model
+
+        found = find(model)
+        progress(f"load {model}", 1, 1)
+        progress("trace the model", 0, None)
+        with torch.no_grad():
+            report = explain_model(
+                found.model, *found.args, options=_options(threshold, skip, min_features), **found.kwargs
+            )
+    print_json(report.to_dict()) if as_json else out.print(report)
+
+
+@app.command()
+def export(
+    model: Model,
+    target: Annotated[Path, typer.Argument(help="The program to write, NAME.pt2.")],
+    threshold: Threshold = 6.0,
+    skip: Skip = None,
+    min_features: MinFeatures = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model as an int8 program, which int8compile.load reads without the model's source.
+
+    Example: int8compile export ./SmolLM2-135M smollm2.pt2
+    """
+    with failures_to_stderr(), _progress(as_json) as progress:
+        check_target(f"export {model}", target)
+        progress(f"load {model}", 0, None)
+        from int8compile.cli.named_models import find
+        from int8compile.programs.archive import save
+        from int8compile.programs.exporting import export as export_model
+        from int8compile.session import last_report
+
+        found = find(model)
+        progress(f"load {model}", 1, 1)
+        program = export_model(*found, config=_options(threshold, skip, min_features), progress=progress)
+        progress(f"write {target}", 0, None)
+        save(program, target)
+        report = last_report()
+    summary = report.summary() if report is not None else ""
+    size = target.stat().st_size
+    if as_json:
+        print_json({"path": str(target), "bytes": size, "report": report and report.to_dict()})
+    else:
+        out.print(f"{target}: {size / 2**20:.1f} MiB, {summary}", highlight=False)
+
+
+@app.command()
+def package(
+    program: Annotated[Path, typer.Argument(help="A program that `int8compile export` wrote.")],
+    target: Annotated[Path, typer.Argument(help="The package to write, NAME.pt2.")],
+    kernels: Kernels = "auto",
+    cpu_isa: Annotated[str | None, typer.Option(help="avx2 (the default on x86-64), portable or native")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a program ahead of time, to be run from Python or C++ (see examples/cpp). Takes a minute or more.
+
+    Example: int8compile package smollm2.pt2 smollm2.aoti.pt2
+    """
+    with failures_to_stderr(), _progress(as_json) as progress:
+        progress(f"load {program}", 0, None)
+        from int8compile.programs.archive import load
+        from int8compile.programs.packaging import package as make_package
+
+        loaded = load(program, kernels)
+        progress(f"load {program}", 1, 1)
+        progress("compile", 0, None)
+        make_package(loaded, target, {"kernels": kernels}, cpu_isa=cpu_isa)
+    size = target.stat().st_size
+    if as_json:
+        print_json({"path": str(target), "bytes": size})
+    else:
+        out.print(f"{target}: {size / 2**20:.1f} MiB", highlight=False)
+
+
+def _options(threshold: float, skip: list[str] | None, min_features: int) -> dict[str, Any]:
+    return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool, amount: ProgressColumn | None = None) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Bars on stderr, one a step: how much of it is done, or only that it goes on, and for how long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
+    # What a model of the user's prints must not come into the JSON on stdout.
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+    with elsewhere, Progress(*columns, console=err, transient=True, disable=quiet) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(step: str, done: int, total: int | None) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(escape(step), total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield progress
+
+
+class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
+    """Turns an error of ours into its message on stderr and exit code 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (Int8CompileError, OSError)):
+            err.print(f"int8compile: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def _print_diagnosis(found: dict[str, Any]) -> None:
+    kernels, tools = found["kernels"], found["tools"]
+    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    rows = {
+        "int8compile": f"{found['int8compile']}, Python {found['python']}, torch {found['torch']}",
+        "packages": ", ".join(packages) or "none of the optional ones",
+        "CPU": f"{found['machine']}, torch sees {found['cpu']['capability']}, {found['cpu']['threads']} threads",
+        "GPUs": ", ".join(found["gpus"]) or "none",
+        "CPU kernels": _describe_kernels(kernels),
+        **{tool: path or "not found" for tool, path in tools.items()},
+        "builds in": _describe_folder(found["cache_folder"]),
+        **{f"library {name}": _describe_library(library) for name, library in found["libraries"].items()},
+    }
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    out.print(table, highlight=False, markup=False)
+    for problem in found["problems"]:
+        err.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+
+
+def _describe_folder(folder: dict[str, Any]) -> str:
+    if folder["temporary"]:
+        return f"a temporary folder takes its place: {folder['temporary']}"
+    if folder["path"] is None:
+        return "a temporary folder of each process"
+    return f"{folder['path']}{'' if folder['writable'] else ' (cannot be written to)'}"
+
+
+def _describe_library(library: dict[str, Any]) -> str:
+    if library["built"]:
+        return f"{library['path']} (its checksum matches)"
+    return library["problem"] or "not built yet (int8compile build)"
+
+
+def _describe_kernels(kernels: dict[str, Any]) -> str:
+    if kernels["chosen"] is None:
+        return "not built yet (int8compile build, or the first compiled model, does it)"
+    available = " ".join(kernels["available"])
+    wanted = "" if kernels["requested"] == "auto" else f"; INT8COMPILE_CPU_ISA={kernels['requested']}"
+    return f"{kernels['chosen']}, of {available}{wanted}"
+
+
+def main() -> None:
+    """Entry point of the ``int8compile`` command and of ``python -m int8compile.cli``."""
+    # As an exception, so that what is half written is removed, as it is after Ctrl-C (which click turns into 130).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    app()

@@ -1,0 +1,180 @@
+"""A graph made ours: which inputs are constant, and int8 weights as new inputs.
+
+Dynamo's own graph must not be changed (it reads it again while making guards), so everything works on a copy. A
+parameter is an ordinary graph input there, marked by ``meta["int8compile_constant"]``. A rewritten site reads its int8
+weight and scale from *lifted* inputs that stand behind Dynamo's; what fills them at each call is written down as a
+``Lifted``. Baking the tensors into the graph instead would be wrong: two instances of one class share one graph.
+
+In an exported program parameters are inputs too, so the same ``Capture`` serves it (``programs/exporting.py``). There
+the lifted inputs stand before the user's, as parameters do, and are filled once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from int8compile.graph.dump import meta_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Lifted:
+    """A lifted int8 weight: the float weights whose rows it holds, and the two inputs that carry it.
+
+    Args:
+        members: float weight placeholder, and whether it is stored [K, N].
+        weight, scale: placeholders of int8 [sum of N, K] and fp32 [sum of N].
+    """
+
+    members: tuple[tuple[fx.Node, bool], ...]
+    weight: fx.Node
+    scale: fx.Node
+
+
+class Capture:
+    """A graph of our own, its lifted weights, and the example input and position of each of Dynamo's inputs."""
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any, lift_before: fx.Node | None = None
+    ) -> None:
+        """Take a graph whose placeholders correspond to ``example_inputs`` one by one, as it is (no copy).
+
+        Args:
+            lift_before: the placeholder that lifted inputs are put before; None puts them behind all others.
+        """
+        self.gm = gm
+        self.lift_before = lift_before
+        self.fake_mode = fake_mode
+        placeholders = list(gm.graph.find_nodes(op="placeholder"))
+        self.examples = dict(zip(placeholders, example_inputs, strict=True))
+        self.position = {node: i for i, node in enumerate(placeholders)}
+        self.lifted: dict[tuple[tuple[fx.Node, bool], ...], Lifted] = {}
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def lift(self, members: tuple[tuple[fx.Node, bool], ...]) -> Lifted:
+        """The lifted int8 form of these float weights, made on first request."""
+        if members in self.lifted:
+            return self.lifted[members]
+        tensors = [(meta_tensor(node), transposed) for node, transposed in members]
+        rows = sum(t.shape[1 if transposed else 0] for t, transposed in tensors if t is not None)
+        first, transposed = tensors[0]
+        assert first is not None
+        columns = first.shape[0 if transposed else 1]
+        paths = "+".join(str(node.meta["int8compile_constant"]) for node, _ in members)
+        with self.fake_mode:
+            codes = torch.empty((rows, columns), dtype=torch.int8, device=first.device)
+            scale = torch.empty((rows,), dtype=torch.float32, device=first.device)
+        self.lifted[members] = lifted = Lifted(
+            members,
+            self._new_input(f"{members[0][0].name}_int8", f'int8 "{paths}"', codes),
+            self._new_input(f"{members[0][0].name}_scale", f'scale "{paths}"', scale),
+        )
+        return lifted
+
+    def drop_unused_inputs(self) -> None:
+        """Remove float weights nothing reads any more, and lifted inputs a later pass replaced."""
+        for lifted in list(self.lifted.values()):
+            if not lifted.weight.users and not lifted.scale.users:
+                self.graph.erase_node(lifted.weight)
+                self.graph.erase_node(lifted.scale)
+                del self.lifted[lifted.members]
+        in_int8 = {node for lifted in self.lifted.values() for node, _ in lifted.members}
+        for node in list(self.graph.find_nodes(op="placeholder")):
+            if node in in_int8 and not node.users:
+                self.graph.erase_node(node)
+
+    @property
+    def kept(self) -> list[fx.Node]:
+        """Those of Dynamo's inputs that the graph still reads, in order; the lifted ones come after them."""
+        return [node for node in self.graph.find_nodes(op="placeholder") if node in self.position]
+
+    def _new_input(self, name: str, text: str, value: torch.Tensor) -> fx.Node:
+        inputs = list(self.graph.find_nodes(op="placeholder"))
+        before = self.lift_before
+        with self.graph.inserting_after(inputs[-1]) if before is None else self.graph.inserting_before(before):
+            node = self.graph.placeholder(name)
+        node.target = node.name  # the name is made unique: a weight can be lifted plain, transposed and as part of one
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["val" if "val" in inputs[0].meta else "example_value"] = value
+        # As Dynamo marks parameters: a static address, which CUDA graphs need not copy.
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.meta["int8compile_input"] = text
+        return node
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -> Capture:
+    """A ``Capture`` of a copy of Dynamo's graph."""
+    graph, copied = copied_graph(gm.graph)
+    ours = fx.GraphModule(gm, graph)
+    # What Dynamo and AOTAutograd keep on the module and on placeholders beside node.meta.
+    for name, value in gm.__dict__.items():
+        ours.__dict__.setdefault(name, value)
+    ours.meta = copy.copy(gm.meta)
+    for theirs, node in copied.items():
+        if theirs.op == "placeholder":
+            source = getattr(theirs, "_dynamo_source", None)
+            node._dynamo_source = source  # type: ignore[attr-defined]
+            mark_constant(node, source)
+    return Capture(ours, example_inputs, fake_mode)
+
+
+def copied_graph(original: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each of its nodes but the output."""
+    graph = fx.Graph(tracer_cls=original._tracer_cls)
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(original, copied))
+    graph.output_node().meta.update(original.output_node().meta)
+    for theirs, ours in copied.items():
+        if ours.name != theirs.name:  # such as "input", which FX gives to no new node; signatures go by names
+            ours.name = theirs.name
+    return graph, copied
+
+
+def mark_constant(node: fx.Node, source: object) -> None:
+    """Note on a placeholder whether it is a parameter or buffer of the model, and its name there."""
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is None:
+        return
+    name = getattr(source, "name", "")
+    mark_constant_as(node, module_path(str(name() if callable(name) else name)) or node.name)
+
+
+def mark_constant_as(node: fx.Node, name: str) -> None:
+    """Mark a placeholder as the parameter or buffer of this name."""
+    node.meta["int8compile_constant"] = name
+    node.meta["int8compile_input"] = f'weight "{name}"'
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of the model."""
+    return node.op == "placeholder" and "int8compile_constant" in node.meta
+
+
+def module_path(source: str) -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``."""
+    # A class with a __getattr__ of its own, such as PEFT's wrappers, is reached into by its __dict__.
+    source = re.sub(r"\.__dict__\['(_(?:modules|parameters|buffers))'\]", r".\1", source)
+    path = re.sub(r"\.?_(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", source)
+    path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", lambda m: "." + (m[1] or m[2]), path)
+    # What is left in front is how the frame reached the model: L.self, L.args.0, G.model ...
+    return re.sub(r"^[LG]\.[^.]+\.?", "", path).strip(".")
+
+
+def site_path(node: fx.Node, weight: fx.Node | None) -> str:
+    """The module a linear belongs to, such as ``layers.0.fc``; with the parameter where the module has several."""
+    name = str(weight.meta["int8compile_constant"]) if weight is not None and is_constant(weight) else ""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = module_path(str(stack[-1][0])) if stack else ""
+    if not path:
+        return name.removesuffix(".weight") or node.name
+    # A tied weight bears the name of the module that Dynamo met first, so only names below the path refine it.
+    refines = name.startswith(f"{path}.") and name != f"{path}.weight"
+    return name.removesuffix(".weight") if refines else path

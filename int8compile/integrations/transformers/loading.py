@@ -1,0 +1,118 @@
+"""What from_pretrained does with a linear's entries of a checkpoint: quantise them, or take int8 ones as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from int8compile.config import Int8Config
+from int8compile.errors import CheckpointError
+from int8compile.modules.inplace import is_float_linear, matrix_shape
+from int8compile.modules.int8_linear import Int8Linear, is_conv1d
+from int8compile.weights.formats import read_packed
+from int8compile.weights.store import Packed, pack
+
+Entries = dict[str, Any]
+
+
+class Quantize(ConversionOps):  # type: ignore[misc]
+    """A float weight of the checkpoint to int8, one tensor at a time."""
+
+    def __init__(self, loaded: set[str]) -> None:
+        """``loaded``: takes the paths of the modules that get their weights."""
+        self.loaded = loaded
+
+    def convert(
+        self, input_dict: Entries, model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> Entries:
+        result: Entries = {}
+        for key, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            path = key.rpartition(".")[0]
+            module = model.get_submodule(path)
+            expected = (module.out_features, module.in_features)
+            expected = expected[::-1] if module.stored_transposed else expected
+            if tuple(value.shape) != expected:  # which transformers reports, or ignores if it is told to
+                _to_float_skeleton(model, path, module, missing_keys)
+                result[key] = value
+                continue
+            result |= _tensors(path, pack(value, module.stored_transposed))
+            self.loaded.add(path)
+        return result
+
+
+class Deserialize(ConversionOps):  # type: ignore[misc]
+    """Entries of an int8 checkpoint, ours or bitsandbytes', as they are; what is float in it stays float.
+
+    The checkpoint decides what is int8: where it disagrees with the model that was prepared for it (a bitsandbytes
+    checkpoint has other rules), the module is exchanged. Entries come as the file has them, so that scales are never
+    rounded to the model's dtype; ``dtype``, if any, is what a float weight is cast to.
+    """
+
+    def __init__(self, config: Int8Config, loaded: set[str]) -> None:
+        self.config, self.loaded = config, loaded
+        self.dtype: torch.dtype | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
+        return Deserialize(self.config, self.loaded)  # transformers copies operations for every weight
+
+    def convert(
+        self,
+        input_dict: Entries,
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> Entries:
+        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        path = full_layer_name.rpartition(".")[0]
+        module, weight = model.get_submodule(path), found.get("weight")
+        if set(found) == {"weight"} and weight is not None and weight.dtype != torch.int8:
+            dtype = self.dtype
+            if isinstance(module, Int8Linear):
+                dtype = module.float_dtype
+                _to_float_skeleton(model, path, module, missing_keys)
+            is_float = weight.is_floating_point() and dtype is not None and dtype.is_floating_point
+            return {full_layer_name: weight.to(dtype) if is_float else weight}
+        if isinstance(module, Int8Linear):
+            shape = (module.out_features, module.in_features)
+        elif is_float_linear(module):
+            shape = matrix_shape(module)
+        else:
+            raise CheckpointError(full_layer_name, "is int8", f"a float tensor for a {type(module).__name__}")
+        if weight is not None and weight.dtype == torch.int8 and weight.shape[:2] != shape:
+            if isinstance(module, Int8Linear):
+                _to_float_skeleton(model, path, module, missing_keys)
+            codes = weight.flatten(1)  # without what marks the first one
+            return {full_layer_name: codes.t() if is_conv1d(model.get_submodule(path)) else codes}
+        packed = read_packed(found, f"{path}.", shape)
+        assert packed is not None
+        if not isinstance(module, Int8Linear):
+            model.set_submodule(path, Int8Linear.from_float(module, self.config))
+        untie_(model, path)
+        self.loaded.add(path)
+        return _tensors(path, packed)
+
+
+def untie_(model: Any, path: str) -> None:
+    """An int8 weight is tied to no float one any more, whatever the model's configuration says."""
+    tied, name = getattr(model, "all_tied_weights_keys", {}), f"{path}.weight"
+    for target, source in list(tied.items()):
+        if name in (target, source):
+            del tied[target]
+
+
+def _tensors(path: str, packed: Packed) -> Entries:
+    return {f"{path}.weight": packed.weight, f"{path}.weight_scale": packed.scale}
+
+
+def _to_float_skeleton(model: Any, path: str, module: Int8Linear, missing_keys: set[str] | None) -> None:
+    """Exchange an empty ``Int8Linear`` for an empty float linear, which has no scale for transformers to miss."""
+    if missing_keys is not None:
+        missing_keys.discard(f"{path}.weight_scale")
+    new = module.to_float()
+    assert isinstance(new.weight, nn.Parameter)
+    model.set_submodule(path, new.requires_grad_(True))

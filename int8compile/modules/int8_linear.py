@@ -1,0 +1,222 @@
+"""``Int8Linear``: a linear that holds its weight in int8 and runs LLM.int8() wherever it is called.
+
+In eager it calls the operator that the compiler pass would have put in its place; under ``torch.compile`` with inductor
+it is one call in the graph, without a break; and ``backend="int8"`` takes that call for a site of its own, so that
+several of them share one quantised activation.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from int8compile.config import Int8Config
+from int8compile.native import providers
+from int8compile.ops import linear, master_linear
+from int8compile.weights.formats import SERIALIZED, read_packed
+from int8compile.weights.store import Packed, pack
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with an int8 weight; a drop-in for a trained ``nn.Linear`` at a quarter of fp32's memory.
+
+    Not a subclass of ``nn.Linear``, so that nothing takes its codes for a float weight.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        threshold: magnitude from which an activation's features are multiplied in 16 bits; 0: none are.
+        outlier_policy: ``"column"`` (the paper's rule) or ``"element"``; see ``Int8Config``.
+        kernels: ``"auto"``, ``"native"`` or ``"reference"``; see ``Int8Config``. Native kernels are loaded (and built)
+            at the first call.
+        dtype: of the bias, and what ``dequantize()`` gives unless told otherwise. Activations bring their own.
+
+    Attributes:
+        weight: buffer, int8 [N, K], row-major.
+        weight_scale: buffer, float32 [N]. ``weight * weight_scale[:, None]`` is the float weight. It stays float32
+            through ``.half()`` and ``.to(dtype)``, which move the bias alone.
+        bias: Parameter [N], or None.
+        float_dtype: dtype of the float weight it stands for.
+        stored_transposed: whether it stands for a ``Conv1D``, whose float weight is [K, N].
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        threshold: float = 6.0,
+        outlier_policy: str = "column",
+        kernels: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = Int8Config(llm_int8_threshold=threshold, outlier_policy=outlier_policy, kernels=kernels)
+        self.in_features, self.out_features = in_features, out_features
+        self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
+        self.float_dtype = dtype or torch.get_default_dtype()
+        self.float_type: type[nn.Module] = nn.Linear
+        self.register_buffer("weight", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.zeros((out_features,), dtype=torch.float32, device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.float_dtype))
+
+    @classmethod
+    def from_float(cls, module: nn.Module, config: Int8Config | None = None, *, packed: Packed | None = None) -> Any:
+        """The int8 form of an ``nn.Linear`` or of a GPT-2 ``Conv1D``, with the same bias Parameter.
+
+        Args:
+            packed: the int8 form of its weight, if it is at hand.
+        """
+        config = config or Int8Config()
+        weight, transposed = module.weight, is_conv1d(module)
+        assert isinstance(weight, torch.Tensor)
+        n, k = weight.shape[::-1] if transposed else weight.shape
+        self = cls(
+            k,
+            n,
+            bias=False,
+            threshold=config.llm_int8_threshold,
+            outlier_policy=config.outlier_policy,
+            kernels=config.kernels,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        self.float_type = type(module)
+        self.bias = module.bias  # type: ignore[assignment]
+        self.set_packed(packed or pack(weight, transposed))
+        return self.train(module.training)
+
+    def set_packed(self, packed: Packed) -> None:
+        """Take another int8 weight [N, K] and scale [N]; they are not copied."""
+        self.weight, self.weight_scale = packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
+        load_kernels(self.kernels, self.weight.device.type)
+        out: torch.Tensor = linear(x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_policy)
+        return out
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The float weight [N, K] that the codes stand for."""
+        return unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype)
+
+    @property
+    def stored_transposed(self) -> bool:
+        return self.float_type.__name__ == "Conv1D"
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ``nn.Linear`` (or ``Conv1D``, where it was one) with the values that the codes stand for."""
+        bias = self.bias
+        if self.stored_transposed:
+            with torch.device("meta"):
+                module = self.float_type(self.out_features, self.in_features)
+            weight = unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype, transposed=True)
+        else:
+            module = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+            weight = self.dequantize(dtype)
+        module.weight = nn.Parameter(weight)
+        if bias is not None and dtype is not None and bias.dtype != dtype:
+            bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+        module.bias = bias
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves, casts and shares as every module does, but codes and scales keep their dtypes."""
+        codes, scale = self.weight, self.weight_scale
+        super()._apply(fn, recurse)
+        # What a cast makes of a float weight shows on an empty one.
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
+        if self.weight.dtype != codes.dtype:
+            self.weight = codes.to(self.weight.device)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes bitsandbytes' keys too, and refuses what is not an int8 weight with its scale."""
+        *_, error_messages = args
+        entries = {n: state_dict.pop(prefix + n) for n in SERIALIZED if prefix + n in state_dict}
+        try:
+            packed = read_packed(entries, prefix, self.weight.shape)
+        except ValueError as error:
+            error_messages.append(str(error))
+            return
+        if packed is not None:
+            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = packed
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Int8MasterLinear(nn.Linear):
+    """A linear that trains in float and multiplies in int8 (``llm_int8_has_fp16_weight=True``).
+
+    Its weight is an ordinary Parameter (so are its state dict and its gradients), quantised anew at each call; outlier
+    features are multiplied with the weight itself. Training and evaluation compute the same function.
+    """
+
+    threshold: float
+    outlier_policy: str
+    kernels: str
+
+    @classmethod
+    def from_float(cls, module: nn.Module, config: Int8Config) -> Int8MasterLinear:
+        """With the Parameters of an ``nn.Linear``; they are not copied."""
+        assert isinstance(module.weight, nn.Parameter)
+        n, k = module.weight.shape
+        self = cls(k, n, bias=module.bias is not None, device="meta")
+        self.weight, self.bias = module.weight, module.bias  # type: ignore[assignment]
+        self.threshold, self.outlier_policy = config.llm_int8_threshold, config.outlier_policy
+        self.kernels = config.kernels
+        return self.train(module.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
+        load_kernels(self.kernels, self.weight.device.type)
+        out: torch.Tensor = master_linear(x, self.weight, self.bias, self.threshold, self.outlier_policy)
+        return out
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ``nn.Linear`` with the same Parameters, cast if need be."""
+        module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        module.weight, module.bias = self.weight, self.bias
+        return module.to(dtype).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
+
+
+def unpack(packed: Packed, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
+    """The float weight [N, K] ([K, N] if ``transposed``) that codes stand for; the way back of ``weights.pack``."""
+    weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(dtype)
+    return weight.t().contiguous() if transposed else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, a linear whose weight is [K, N]; known without importing it."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def load_kernels(kernels: str, device: str) -> bool:
+    """Load native kernels for a device once; while Dynamo traces, at once rather than in the graph."""
+    return _load_kernels(kernels, device)
+
+
+@functools.cache
+def _load_kernels(kernels: str, device: str) -> bool:
+    return device != "meta" and providers.choose_provider(kernels, [torch.empty(0, device=device)]).native

@@ -1,0 +1,64 @@
+"""Which linears stay in float, by what they are and what they are called.
+
+The same rules serve the compiler pass, which sees graph nodes, and ``quantize_``, which sees modules. What only one
+of the two can know (a weight changed inside a graph, a module with a forward of its own) is decided there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+
+import torch
+
+from int8compile.config import Int8Config
+from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
+from int8compile.report import Reason
+
+#: names of output embeddings in transformers' models; weights tied to an embedding are found by sharing
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
+
+#: what a weight may be: a subclass can mean anything by a product
+PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def shape_refusal(shape: tuple[object, ...], in_features: int) -> tuple[Reason, str] | None:
+    """Why a weight of this shape cannot be int8, or None."""
+    if len(shape) != 2 or in_features > MAX_IN_FEATURES:
+        return Reason.SHAPE, f"{list(shape)}"
+    return None
+
+
+def dtype_refusal(dtype: torch.dtype) -> tuple[Reason, str] | None:
+    """Why a linear of this dtype stays as it is, or None."""
+    return None if dtype in FLOAT_DTYPES else (Reason.DTYPE, str(dtype).removeprefix("torch."))
+
+
+def name_refusal(path: str, is_output_embedding: bool, config: Int8Config) -> tuple[Reason, str] | None:
+    """Why a linear with this module path stays in float, or None.
+
+    Args:
+        is_output_embedding: what is known beside its name, such as a weight shared with an embedding.
+    """
+    if config.skip_output_embeddings and (is_output_embedding or path.rsplit(".", 1)[-1] in OUTPUT_EMBEDDINGS):
+        return Reason.OUTPUT_EMBEDDING, ""
+    pattern = skipped_by(path, config)
+    return None if pattern is None else (Reason.SKIPPED, pattern)
+
+
+def size_refusal(in_features: int, out_features: int, config: Int8Config) -> tuple[Reason, str] | None:
+    """Why a linear of this size stays in float, or None."""
+    if min(in_features, out_features) < config.min_features:
+        return Reason.TOO_SMALL, f"min_features={config.min_features}"
+    return None
+
+
+def skipped_by(path: str, config: Int8Config) -> str | None:
+    """The pattern of ``llm_int8_skip_modules`` that names this module or one above it, or None."""
+    return next((pattern for pattern in config.llm_int8_skip_modules if names(pattern, path)), None)
+
+
+def names(pattern: str, path: str) -> bool:
+    """Whether a pattern (a path, a dotted suffix of one, or a shell pattern) names a module or one above it."""
+    parts = path.split(".")
+    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(a == pattern or a.endswith(f".{pattern}") or fnmatch.fnmatchcase(a, pattern) for a in above)

@@ -1,0 +1,6 @@
+"""From float weights to int8 ones: their store, the formats of files, and what is told of changed weights.
+
+``store``         the int8 form of each float weight, made once and never stale
+``invalidation``  weights that changed unseen, and freed ones that are wanted back
+``formats``       how an int8 weight and its scale are named in a checkpoint
+"""

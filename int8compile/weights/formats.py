@@ -1,0 +1,102 @@
+"""Checkpoint formats: how an int8 linear's weight and scale are named and shaped in a file, format by format.
+
+==================== ============================ ==================================== =======================
+format               weight, int8 [N, K]          scale                                read by
+==================== ============================ ==================================== =======================
+int8compile          ``weight``                   ``weight_scale``, fp32 [N]           this package
+bitsandbytes         ``weight``                   ``SCB``, fp32 [N], 127 * scale;      bitsandbytes, this package
+                                                  ``weight_format``, 0
+compressed-tensors   ``weight``                   ``weight_scale``, fp32 [N, 1]        vLLM, SGLang
+==================== ============================ ==================================== =======================
+
+In each, codes are row-major [N, K], GPT-2's Conv1D included, and nothing is requantised from one to another.
+
+A program that does not know our format would take codes for floats. So that it fails instead, the first int8 weight of
+a checkpoint of ours stands there with one dimension more, [N, K, 1], which fits no float weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from int8compile.errors import CheckpointError, OptionValueError
+from int8compile.weights.store import Packed
+
+FORMATS = ("int8compile", "bitsandbytes", "compressed-tensors")
+
+#: names of the entries that one int8 weight can have, in any of the formats we read
+SERIALIZED = ("weight", "weight_scale", "SCB", "weight_format")
+
+
+def entries(packed: Packed, format: str) -> dict[str, torch.Tensor]:
+    """The entries of one int8 linear in a format, by their names in the module."""
+    weight, scale = packed
+    if format == "int8compile":
+        return {"weight": weight, "weight_scale": scale}
+    if format == "compressed-tensors":
+        return {"weight": weight, "weight_scale": scale.unsqueeze(1)}
+    if format == "bitsandbytes":
+        layout = torch.zeros((), dtype=torch.uint8, device=weight.device)
+        return {"weight": weight, "SCB": absmax_of(scale), "weight_format": layout}
+    raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
+
+
+def read_packed(found: dict[str, torch.Tensor], prefix: str, shape: Iterable[int]) -> Packed | None:
+    """The int8 form in a checkpoint's entries for one linear, not copied; None if there are none.
+
+    Args:
+        found: those of ``SERIALIZED`` that are there.
+        prefix: of their names in the checkpoint, for messages.
+        shape: what the model expects of the weight, [N, K].
+
+    Raises:
+        CheckpointError: they are not an int8 weight and its scale.
+    """
+    if not found:
+        return None
+    layout, weight, shape = found.get("weight_format"), found.get("weight"), tuple(shape)
+    if layout is not None and int(layout) != 0:
+        problem = f"is {int(layout)}, a layout of old bitsandbytes"
+        raise CheckpointError(f"{prefix}weight_format", problem, "0 (row-major)")
+    if weight is None or weight.dtype != torch.int8:
+        problem = "is missing" if weight is None else f"is {weight.dtype}"
+        raise CheckpointError(f"{prefix}weight", problem, "int8; quantise a float checkpoint after it is loaded")
+    if tuple(weight.shape) == (*shape, 1):
+        weight = weight.squeeze(2)
+    if tuple(weight.shape) != shape:
+        problem = f"is int8 {list(weight.shape)}"
+        raise CheckpointError(f"{prefix}weight", problem, f"{list(shape)}, as the model has it")
+    name = "SCB" if "SCB" in found else "weight_scale"
+    scale = found.get(name)
+    if scale is None:
+        problem = f"is missing beside the int8 {prefix}weight"
+        raise CheckpointError(f"{prefix}weight_scale", problem, "it, or bitsandbytes' SCB")
+    known = scale.is_floating_point() if name == "SCB" else scale.dtype == torch.float32
+    if not known or tuple(scale.shape) != shape[:1]:
+        problem = f"is {scale.dtype} {list(scale.shape)}"
+        raise CheckpointError(f"{prefix}{name}", problem, f"float32 {list(shape[:1])}")
+    # Who cast a bitsandbytes model before saving it has its SCB in 16 bits.
+    return Packed(weight, scale.float() / 127.0 if name == "SCB" else scale)
+
+
+def absmax_of(scale: torch.Tensor) -> torch.Tensor:
+    """The absmax whose 127th is a scale, to the bit: ``scale * 127`` or one of its neighbours.
+
+    Where two have the same 127th it is the even one: absmaxes of 16-bit weights, which bitsandbytes' all are, end in
+    zeros, and so come back as they were.
+    """
+    product = scale * 127.0
+    best, best_rank = product, torch.zeros_like(product, dtype=torch.int32)
+    for limit in (None, float("inf"), float("-inf")):
+        candidate = product if limit is None else torch.nextafter(product, torch.full_like(scale, limit))
+        even = candidate.view(torch.int32) % 2 == 0
+        rank = (candidate / 127.0 == scale) * torch.where(even, 2, 1)
+        best, best_rank = torch.where(rank > best_rank, candidate, best), torch.maximum(rank, best_rank)
+    return best
+
+
+def mark(weight: torch.Tensor) -> torch.Tensor:
+    """The first int8 weight of a checkpoint, so that it is taken for no float one."""
+    return weight.unsqueeze(2)
