@@ -26,7 +26,8 @@ from int8compile.report import GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import names
 from int8compile.torch_internals import dynamo
 from int8compile.weights.invalidation import watch_optimizers
-from int8compile.weights.store import STORE, Slot, Slots
+from int8compile.weights.lifted_inputs import LiftedInput, LiftedInputs
+from int8compile.weights.store import STORE
 
 log = logging.getLogger(__name__)
 
@@ -119,14 +120,14 @@ def _runner(
     if not captured.lifted:
         return compiled
     kept = [captured.position[node] for node in captured.kept]
-    slots = []
+    inputs = []
     for lifted in captured.lifted.values():
         members = [(captured.position[node], transposed) for node, transposed in lifted.members]
         may_release = not any(position in kept for position, _ in members)
-        slots.append(Slot(tuple(members), release if may_release else None))
+        inputs.append(LiftedInput(tuple(members), release if may_release else None))
     watch_optimizers()
     written = _written_inputs(captured)
-    fetch = Slots(STORE, slots, written).fetch
+    fetch = LiftedInputs(STORE, inputs, written).fetch
     in_float = original.forward if written else None
 
     def call(*args: Any) -> Any:

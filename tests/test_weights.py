@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import int8compile
 from int8compile.native import loader
 from int8compile.ops import quantize_weight
-from int8compile.weights import store
-from int8compile.weights.store import STORE, Member, WeightStore
+from int8compile.weights.int8_weight import FloatWeight
+from int8compile.weights.stamps import unchanged_from_now
+from int8compile.weights.store import STORE, WeightStore
 
 
 class Net(nn.Module):
@@ -118,10 +119,10 @@ class TestCompiledCodeSeesTheWeights:
         model = Net()
         compiled = compile_eager(model)
         compiled(X)
-        int8_form = STORE.resolve([Member(model.fc.weight, False)])
+        int8_form = STORE.resolve([FloatWeight(model.fc.weight)])
         model.fc.bias.grad = torch.ones_like(model.fc.bias)
         torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step()
-        assert STORE.resolve([Member(model.fc.weight, False)]) is int8_form
+        assert STORE.resolve([FloatWeight(model.fc.weight)]) is int8_form
         assert torch.equal(compiled(X), expected(model))
 
     def test_compiled_optimizer_step(self):
@@ -176,7 +177,7 @@ class TestCompiledCodeSeesTheWeights:
         with torch.inference_mode():
             compiled = compile_eager(model)
             compiled(X)
-        assert not STORE.resolve([Member(model.fc.weight, False)]).weight.is_inference()
+        assert not STORE.resolve([FloatWeight(model.fc.weight)]).weight.is_inference()
 
     def test_tied_weights_are_quantized_once(self):
         class Tied(nn.Module):
@@ -276,7 +277,7 @@ class TestLifetime:
         model = Net()
         compiled = compile_eager(lambda model, x: model(x))
         compiled(model, X)
-        int8_form = weakref.ref(STORE.resolve([Member(model.fc.weight, False)]).weight)
+        int8_form = weakref.ref(STORE.resolve([FloatWeight(model.fc.weight)]).weight)
         weight = weakref.ref(model.fc.weight)
         torch._dynamo.reset()  # Dynamo's own guards hold the model
         gc.collect()
@@ -309,63 +310,63 @@ class TestLifetime:
 class TestStore:
     def test_members_of_a_merged_weight_are_views_of_it(self):
         store, weights = WeightStore(), [torch.randn(n, 16) for n in (8, 4, 4)]
-        alone = store.resolve([Member(weights[0], False)])
-        merged = store.resolve([Member(w, False) for w in weights])
+        alone = store.resolve([FloatWeight(weights[0])])
+        merged = store.resolve([FloatWeight(w) for w in weights])
         assert store.nbytes() == 16 * 16 + 4 * 16
         assert torch.equal(merged.weight[:8], alone.weight)
         for w, start in zip(weights, (0, 8, 12), strict=True):
-            part = store.resolve([Member(w, False)])
+            part = store.resolve([FloatWeight(w)])
             assert part.weight.data_ptr() == merged.weight[start:].data_ptr()
             codes, scale = quantize_weight(w)
             assert torch.equal(part.weight, codes)
-            assert torch.equal(part.scale, scale)
+            assert torch.equal(part.weight_scale, scale)
 
     def test_one_changed_member_requantizes_the_merged_weight(self):
         store, weights = WeightStore(), [torch.randn(n, 16) for n in (8, 4)]
-        members = [Member(w, False) for w in weights]
+        members = [FloatWeight(w) for w in weights]
         first = store.resolve(members)
         assert store.resolve(members) is first
         weights[1].mul_(3)
         second = store.resolve(members)
         assert torch.equal(second.weight[:8], first.weight[:8])
-        assert torch.equal(second.scale[8:], quantize_weight(weights[1])[1])
+        assert torch.equal(second.weight_scale[8:], quantize_weight(weights[1])[1])
         # The old matrix may still be in use, by another thread or saved for a backward pass.
         assert second.weight.data_ptr() != first.weight.data_ptr()
 
     def test_transposed_weights_are_stored_n_k(self):
         weight = torch.randn(16, 8)
-        packed = WeightStore().resolve([Member(weight, True)])
+        int8_form = WeightStore().resolve([FloatWeight(weight, True)])
         codes, scale = quantize_weight(weight.t())
-        assert packed.weight.is_contiguous()
-        assert torch.equal(packed.weight, codes)
-        assert torch.equal(packed.scale, scale)
+        assert int8_form.weight.is_contiguous()
+        assert torch.equal(int8_form.weight, codes)
+        assert torch.equal(int8_form.weight_scale, scale)
 
     def test_large_weights_are_quantized_in_slices(self, monkeypatch):
-        monkeypatch.setattr("int8compile.weights.store._CHUNK", 64)
+        monkeypatch.setattr("int8compile.weights.int8_weight._CHUNK", 64)
         weight = torch.randn(37, 16)
-        packed = WeightStore().resolve([Member(weight, False)])
-        assert torch.equal(packed.weight, quantize_weight(weight)[0])
-        assert torch.equal(packed.scale, quantize_weight(weight)[1])
+        int8_form = WeightStore().resolve([FloatWeight(weight)])
+        assert torch.equal(int8_form.weight, quantize_weight(weight)[0])
+        assert torch.equal(int8_form.weight_scale, quantize_weight(weight)[1])
 
 
 @pytest.fixture(params=["native", "python"])
-def stamps(request, monkeypatch):
-    """Takes the stamps of tensors: with C++, and without."""
+def watch(request, monkeypatch):
+    """``unchanged_from_now`` with C++, and without."""
     if request.param == "native":
         loader.load("common")
     else:
         monkeypatch.setattr(loader, "_loaded", set())
-    return store._stamps  # the choice between the two
+    return unchanged_from_now
 
 
 class TestStamps:
-    def test_unchanged(self, stamps):
+    def test_unchanged(self, watch):
         ws = [torch.randn(4, 4), nn.Parameter(torch.randn(3, 3)), torch.randn(8, 4)[2:4], torch.empty(0)]
-        taken = stamps(ws)
+        unchanged = watch(ws)
         ws += [torch.randn(3, 5, dtype=torch.bfloat16).t(), torch.randn(8, 64)[:, ::2], torch.zeros(1)]
-        taken = stamps(ws)
-        assert taken.match(list(ws))
-        assert stamps([]).match([])
+        unchanged = watch(ws)
+        assert unchanged(list(ws))
+        assert watch([])([])
 
     @pytest.mark.parametrize(
         "change",
@@ -390,31 +391,31 @@ class TestStamps:
             "[K, N]",
         ],
     )
-    def test_changes_are_seen(self, stamps, change):
+    def test_changes_are_seen(self, watch, change):
         ws = [torch.randn(4, 4), torch.randn(4, 4), torch.randn(33, 7).t()]
-        taken = stamps(ws)
+        unchanged = watch(ws)
         change(ws)
-        assert not taken.match(ws)
-        assert stamps(ws).match(ws)
+        assert not unchanged(ws)
+        assert watch(ws)(ws)
 
-    def test_memory_freed_and_given_out_again_is_not_the_same(self, stamps):
+    def test_memory_freed_and_given_out_again_is_not_the_same(self, watch):
         w = torch.randn(64, 64)
-        taken = stamps([w])
+        unchanged = watch([w])
         for _ in range(20):  # until the allocator gives out the same block
             w.data = torch.randn(1)
             w.data = torch.randn(64, 64)
-            assert not taken.match([w])
+            assert not unchanged([w])
 
-    def test_inference_tensors_have_no_version(self, stamps):
+    def test_inference_tensors_have_no_version(self, watch):
         with torch.inference_mode():
             w = torch.randn(4, 4)
-        assert stamps([w]).match([w])
+        assert watch([w])([w])
 
-    def test_nothing_is_kept_alive(self, stamps):
+    def test_nothing_is_kept_alive(self, watch):
         w = torch.randn(4, 4)
         gone = weakref.ref(w)
-        taken = stamps([w])
+        unchanged = watch([w])
         del w
         gc.collect()
         assert gone() is None
-        assert not taken.match([torch.randn(4, 4)])
+        assert not unchanged([torch.randn(4, 4)])

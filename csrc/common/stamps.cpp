@@ -1,7 +1,7 @@
 // Whether tensors are what they were: the check a compiled graph makes of all its float weights at each call.
 //
-// The meaning is that of _Stamp in int8compile/weights/store.py, where it is explained: same tensor, same version, same memory,
-// and the same bytes at a few places of it.
+// The meaning is that of Stamp in int8compile/weights/stamps.py, where it is explained: same tensor, same version, same
+// memory, and the same bytes at a few places of it.
 // It is here because a model has hundreds of weights and a decoded token few microseconds for them.
 
 #include <ATen/core/List.h>

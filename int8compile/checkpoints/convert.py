@@ -37,7 +37,7 @@ from int8compile.modules.int8_linear import is_conv1d
 from int8compile.report import Reason, Site
 from int8compile.selection import names
 from int8compile.weights.formats import FORMATS, entries, mark
-from int8compile.weights.store import pack
+from int8compile.weights.int8_weight import Int8Weight
 
 _MANIFEST = "unfinished.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -176,9 +176,10 @@ class _Plan:
             problem = f"is {tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(key, problem, f"float {list(module.weight.shape)}, as the model has it", file)
         # As from_pretrained would: first to the model's dtype.
-        packed = pack(tensor.to(self.dtype) if self.dtype is not None else tensor, is_conv1d(module))
+        tensor = tensor.to(self.dtype) if self.dtype is not None else tensor
+        int8_weight = Int8Weight.quantize(tensor, is_conv1d(module))
         prefix = key.removesuffix("weight")
-        result = {f"{prefix}{name}": value for name, value in entries(packed, self.format).items()}
+        result = {f"{prefix}{name}": value for name, value in entries(int8_weight, self.format).items()}
         if key == self._marked:
             result[key] = mark(result[key])
         return result

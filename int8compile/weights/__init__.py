@@ -1,6 +1,9 @@
-"""From float weights to int8 ones: their store, the formats of files, and what is told of changed weights.
+"""From float weights to int8 ones: how they are made, kept and named in files, and what is told of changed weights.
 
-``store``         the int8 form of each float weight, made once and never stale
-``invalidation``  weights that changed unseen, and freed ones that are wanted back
-``formats``       how an int8 weight and its scale are named in a checkpoint
+``int8_weight``    the int8 form of a float weight, and the way back
+``store``          the int8 form of each float weight, made once and never stale
+``stamps``         what a float weight looked like, which tells whether it has changed
+``lifted_inputs``  what fills a compiled graph's int8 inputs at each call
+``invalidation``   weights that changed unseen, and freed ones that are wanted back
+``formats``        how an int8 weight and its scale are named in a checkpoint
 """
