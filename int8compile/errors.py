@@ -47,10 +47,6 @@ class KernelBuildError(Int8CompileError, RuntimeError):
     """Native code could not be built; carries the compiler's own lines."""
 
 
-class ReleasedWeightError(Int8CompileError, RuntimeError):
-    """A float weight was needed whose storage ``release_weights=True`` had freed."""
-
-
 class CaptureError(Int8CompileError, TypeError):
     """``explain`` was given something that cannot be called, or a golden something that cannot be traced."""
 
@@ -72,7 +68,7 @@ class ExportError(Int8CompileError, TypeError):
 
 
 class ProgramFileError(Int8CompileError, ValueError):
-    """A file that ``load`` cannot take: not ours, damaged, of a newer format, or with something in it to unpickle."""
+    """A file that ``load`` cannot take: not ours, damaged, of another format, or with something in it to unpickle."""
 
 
 class ModelNameError(Int8CompileError, ValueError):
