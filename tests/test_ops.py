@@ -273,7 +273,7 @@ class TestScaledMm:
     def test_mismatched_activation_is_named(self):
         x, (codes, scale) = torch.randn(5, 64), int8_weight(9, 64)
         q, row_scale, outliers = quantize_rowwise(x, 6.0)
-        with pytest.raises(ValueError, match=r"q is .*\[5, 64\].* expected .*\[4, 64\]"):
+        with pytest.raises(ValueError, match=r"codes is .*\[5, 64\].* expected .*\[4, 64\]"):
             scaled_mm(q, row_scale, x[:4], outliers, codes, scale, None, torch.float32)
 
 
