@@ -81,18 +81,18 @@ def read_int8_weight(found: dict[str, torch.Tensor], prefix: str, shape: Iterabl
     return Int8Weight(weight, scale.float() / 127.0 if name == "SCB" else scale)
 
 
-def absmax_of(scale: torch.Tensor) -> torch.Tensor:
-    """The absmax whose 127th is a scale, to the bit: ``scale * 127`` or one of its neighbours.
+def absmax_of(weight_scale: torch.Tensor) -> torch.Tensor:
+    """The absmax whose 127th is a weight's scale, to the bit: ``weight_scale * 127`` or one of its neighbours.
 
     Where two have the same 127th it is the even one: absmaxes of 16-bit weights, which bitsandbytes' all are, end in
     zeros, and so come back as they were.
     """
-    product = scale * 127.0
+    product = weight_scale * 127.0
     best, best_rank = product, torch.zeros_like(product, dtype=torch.int32)
     for limit in (None, float("inf"), float("-inf")):
-        candidate = product if limit is None else torch.nextafter(product, torch.full_like(scale, limit))
+        candidate = product if limit is None else torch.nextafter(product, torch.full_like(weight_scale, limit))
         even = candidate.view(torch.int32) % 2 == 0
-        rank = (candidate / 127.0 == scale) * torch.where(even, 2, 1)
+        rank = (candidate / 127.0 == weight_scale) * torch.where(even, 2, 1)
         best, best_rank = torch.where(rank > best_rank, candidate, best), torch.maximum(rank, best_rank)
     return best
 
