@@ -67,10 +67,9 @@ class PassContext:
             self.unread.add(new)
 
 
-def argument_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A call's arguments with each node replaced by its fake value."""
-    values: tuple[Any, ...] = fx.node.map_arg(args, meta_value)  # type: ignore[arg-type,assignment]
-    return values
+def argument_values(args: Any) -> Any:
+    """A call's arguments, a tuple or a dict, with each node replaced by its fake value."""
+    return fx.node.map_arg(args, meta_value)  # type: ignore[arg-type]
 
 
 _PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")
