@@ -18,7 +18,7 @@ from typing import Any
 from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.limits import SMALLEST_THRESHOLD
 
-PASS_NAMES = ("expand", "group", "normalize", "quantize", "share", "merge", "verify")
+PASS_NAMES = ("expand", "group_heads", "normalize", "quantize", "merge", "share", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -48,7 +48,8 @@ class Int8Config:
             ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
         kernels: ``"auto"`` takes native kernels where there are some and the reference otherwise,
             ``"native"`` insists on them, ``"reference"`` never builds anything.
-        disable_passes: names of passes to leave out, of expand, group, normalize, quantize, share, merge, verify.
+        disable_passes: names of passes to leave out, of expand, group_heads, normalize, quantize, merge, share,
+            verify.
         mode: as ``torch.compile``'s own ``mode``, which cannot be given together with options.
         inductor: inductor's own options, passed on as they are.
 

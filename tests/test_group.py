@@ -32,7 +32,7 @@ def grouped(function, *args, **options):
     """The result of a compiled function, and how many attentions the pass rewrote."""
     torch._dynamo.reset()
     out = compile_eager(function, **options)(*args)
-    return out, last_report().graphs[0].pass_counts.get("group")
+    return out, last_report().graphs[0].pass_counts.get("group_heads")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_dynamic_sizes_match():
 
 
 def test_a_disabled_pass_does_nothing():
-    assert grouped(attention, *tensors(), disable_passes=["group"])[1] is None
+    assert grouped(attention, *tensors(), disable_passes=["group_heads"])[1] is None
 
 
 def _changed_between(q, k, v):

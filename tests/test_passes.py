@@ -285,9 +285,11 @@ class Attention(nn.Module):
 
 
 class TestShare(TestCase):
+    """Without ``merge``, which would join the linears of these."""
+
     def test_one_activation_two_linears(self):
         self.assertExpectedInline(
-            golden(Attention(), torch.ones(2, 3), upto="share"),
+            golden(Attention(), torch.ones(2, 3), upto="share", disable_passes=["merge"]),
             """\
 %0 = input : f32[2, 3]
 %1 = int8 "q.weight" : i8[4, 3]
@@ -306,7 +308,7 @@ return (%9, %10)
 
     def test_without_outliers_there_is_no_mask(self):
         self.assertExpectedInline(
-            golden(Attention(), torch.ones(2, 3), upto="share", llm_int8_threshold=0),
+            golden(Attention(), torch.ones(2, 3), upto="share", disable_passes=["merge"], llm_int8_threshold=0),
             """\
 %0 = input : f32[2, 3]
 %1 = int8 "q.weight" : i8[4, 3]
@@ -348,9 +350,11 @@ return (%8, %9)
             "region": no_grad,
         }
         for name, between in changes.items():
-            captured, _ = rewrite(Attention(between), torch.ones(2, 3), upto="share")
+            captured, _ = rewrite(Attention(between), torch.ones(2, 3), upto="share", disable_passes=["merge"])
             assert not captured.graph.find_nodes(op="call_function", target=quantize_rowwise), name
-        captured, _ = rewrite(Attention(second=lambda x: x + 1), torch.ones(2, 3), upto="share")
+        captured, _ = rewrite(
+            Attention(second=lambda x: x + 1), torch.ones(2, 3), upto="share", disable_passes=["merge"]
+        )
         assert len(captured.graph.find_nodes(op="call_function", target=linear)) == 2
 
     def test_a_change_after_the_last_reader_does_not_matter(self):
@@ -360,7 +364,7 @@ return (%8, %9)
                 x.add_(1)
                 return q, k
 
-        captured, _ = rewrite(After(), torch.ones(2, 3), upto="share")
+        captured, _ = rewrite(After(), torch.ones(2, 3), upto="share", disable_passes=["merge"])
         assert len(captured.graph.find_nodes(op="call_function", target=scaled_mm)) == 2
 
 
@@ -417,16 +421,25 @@ return (%5, %7)
         )
 
     def test_untouched(self):
-        """(1) pass disabled (2) a bias computed after the first product"""
-        module = Attention()
-        assert golden(module, torch.ones(2, 3), disable_passes=["merge"]) == golden(
-            module, torch.ones(2, 3), upto="share"
-        )
+        """(1) pass disabled (2) a single reader (3) a bias computed after the first product (4) gradients are
+        switched between them"""
+        x = torch.ones(2, 3)
 
         class Late(Attention):
             def forward(self, x):
                 q = self.q(x)
                 return q, F.linear(x, self.k.weight, q.sum(0)[:1].expand(5))
 
-        captured, _ = rewrite(Late(), torch.ones(2, 3), upto="merge")
-        assert len(captured.graph.find_nodes(op="call_function", target=scaled_mm)) == 2
+        def no_grad(x):
+            x.tracer.create_proxy("call_function", torch._C._set_grad_enabled, (False,), {})
+            return x
+
+        cases = {
+            "disabled": (Attention(), {"disable_passes": ["merge"]}),
+            "single": (Attention(second=lambda x: x + 1), {}),
+            "late": (Late(), {}),
+            "region": (Attention(no_grad), {}),
+        }
+        self.addCleanup(torch.set_grad_enabled, torch.is_grad_enabled())
+        for name, (module, options) in cases.items():
+            assert golden(module, x, upto="merge", **options) == golden(module, x, upto="quantize"), name

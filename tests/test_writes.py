@@ -229,7 +229,7 @@ def test_without_a_write_all_is_rewritten(place):
     report = last_report()
     assert report.rewritten == len(report.sites)
     if "head" in place:
-        assert report.graphs[0].pass_counts["group"] == 1
+        assert report.graphs[0].pass_counts["group_heads"] == 1
 
 
 @pytest.mark.parametrize("view", [lambda w: w.view(-1)[:K], lambda w: w[2], lambda w: w.detach()[4]])

@@ -1,4 +1,4 @@
-"""group: attention reads each key/value head once, not a copy of it for each of the query heads that share it.
+"""group_heads: attention reads each key/value head once, not a copy of it for each of the query heads that share it.
 
     k, v [B, H, S, D] -> unsqueeze, expand [B, H, G, S, D], reshape [B, H * G, S, D]      attention(q, k, v, ...,
     attention(q, copy of k, copy of v, ...)                                          ->             enable_gqa=True)
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.passes.analysis import Effects, regions, transformed
+from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 _ATTENTION = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
 _RESHAPE = {"reshape", "view", torch.reshape, aten.reshape.default, aten.view.default}
 _EXPAND = {"expand", aten.expand.default}
-_INPUTS = 3  # query, key, value
 
 
 class _Copies(NamedTuple):
@@ -35,16 +35,16 @@ class _Copies(NamedTuple):
     reshaped: fx.Node
 
 
-def group(graph: fx.Graph, context: PassContext) -> int:
+def group_heads(graph: fx.Graph, context: PassContext) -> int:
     where, left = regions(graph, context.grad_enabled), transformed(graph)
     found = []
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _ATTENTION or where[node][1] or node in left:
             continue
-        value = meta_tensor(node)
-        if value is None or value.device.type != "cpu" or len(node.args) < _INPUTS or node.kwargs.get("enable_gqa"):
+        value, given = meta_tensor(node), arguments(node)
+        if value is None or value.device.type != "cpu" or not given or given["enable_gqa"]:
             continue
-        copies = [c for c in map(_copies, node.args[1:_INPUTS]) if c]
+        copies = [c for c in (_copies(given["key"]), _copies(given["value"])) if c]
         if len(copies) == 2:
             found.append((node, copies))
     effects = Effects(graph) if found else None
@@ -80,12 +80,8 @@ def _copies(node: object) -> _Copies | None:
 
 def _group(node: fx.Node, copies: list[_Copies], context: PassContext) -> None:
     key, value = (context.call(node, aten.squeeze.dim, (c.heads, 2), like=c.reshaped) for c in copies)
-    args = (node.args[0], key, value, *node.args[_INPUTS:])
-    kwargs = {**node.kwargs, "enable_gqa": True}
+    query, _, _, *rest = arguments(node).items()
+    args, kwargs = (query[1], key, value), {**dict(rest), "enable_gqa": True}
     assert not isinstance(node.target, str)
     new = context.call(node, node.target, args, like=node, value=meta_value(node), kwargs=kwargs)
     context.replace(node, new)
-    for c in copies:
-        for dead in (c.reshaped, c.reshaped.args[0]):
-            if isinstance(dead, fx.Node) and not dead.users:
-                dead.graph.erase_node(dead)
