@@ -2,8 +2,8 @@
 
 A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
 or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks this store at each call.
-The answer is at hand as long as the weight is the same object with the same version counter, data pointer and
-(living) storage; anything else requantises. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies
+The answer is at hand as long as the weight is the same object with the same version counter, data pointer, shape,
+strides, dtype and (living) storage; anything else requantises. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies
 have it, ``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode.
 They touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
 Entries die with their weights.
@@ -71,7 +71,7 @@ _Key = tuple[tuple[int, bool], ...]
 class _Stamp:
     """What a weight looked like when it was quantised."""
 
-    __slots__ = ("pointer", "ref", "released", "sample", "storage", "version")
+    __slots__ = ("form", "pointer", "ref", "released", "sample", "storage", "version")
 
     def __init__(self, weight: torch.Tensor, on_death: Callable[[], None]) -> None:
         self.ref = weakref.ref(weight, lambda _: on_death())
@@ -79,6 +79,7 @@ class _Stamp:
         # Inference tensors have no version counter.
         self.version = None if weight.is_inference() else weight._version
         self.pointer = weight.data_ptr()
+        self.form = _form(weight)
         # Memory freed and allocated anew can have the same address; the storage it was is then expired.
         self.storage = StorageWeakRef(weight.untyped_storage())
         self.released = False
@@ -91,9 +92,15 @@ class _Stamp:
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
+            and _form(weight) == self.form
             and not _expired(self.storage.cdata)
             and _sample(weight) == self.sample
         )
+
+
+def _form(weight: torch.Tensor) -> tuple[object, ...]:
+    """How a weight's memory is read: ``weight.data = weight.data.t()`` changes nothing else."""
+    return weight.dtype, weight.shape, weight.stride()
 
 
 _SAMPLES, _SAMPLE_BYTES = 2, 64
