@@ -3,10 +3,10 @@
 A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
 or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks this store at each call.
 The answer is at hand as long as the weight is the same object with the same version counter, data pointer, shape,
-strides, dtype and (living) storage; anything else requantises. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies
-have it, ``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode.
-They touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
-Entries die with their weights.
+strides, dtype and (living) storage; anything else requantises. Some writes bump no version counter:
+``weight.data.copy_()`` as EMA copies have it, ``weight.data += delta`` as merged adapters do, fused optimisers,
+anything to a tensor made in inference mode. They touch the whole weight, so a few of its bytes are compared too, where
+reading them costs nothing (on CPUs). Entries die with their weights.
 
 Weights that one product multiplies together (``passes/merge.py``) are *one* int8 matrix here. The int8 form of each
 of them alone is a view into it.
