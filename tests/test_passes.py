@@ -118,7 +118,7 @@ return %2
 
     def test_untouched(self):
         """(1) addmm scaled (2) bias not [N] (3) einsum that permutes its result, or (4) sums a batch dimension
-        (5) product of two activations (6) a 3-D weight (7) the weight on the left"""
+        (5) product of two activations (6) a 3-D weight (7) the weight on the left (8) einsum that broadcasts"""
         cases = [
             OneWeight(lambda x, w, b: torch.addmm(b, x, w, alpha=2), 3, 3, bias=3),
             OneWeight(lambda x, w, b: torch.addmm(b, x, w), 3, 3, bias=1),
@@ -127,6 +127,8 @@ return %2
             OneWeight(lambda x, w: (x @ x.t()) + w, 3, 3),
             OneWeight(lambda x, w: x @ w, 2, 3, 4),
             OneWeight(lambda x, w: w @ x, 3, 3),
+            OneWeight(lambda x, w: torch.einsum("bk,nk->bn", x, w), 4, 1),
+            OneWeight(lambda x, w: torch.einsum("kn,...k->...n", w, x[:, :1]), 4, 3),
         ]
         for case in cases:
             before = dump(rewrite(case, torch.ones(3, 3), upto="normalize", disable_passes=["normalize"])[0].graph)

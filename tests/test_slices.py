@@ -77,6 +77,7 @@ def test_however_the_view_is_made(part, rows):
         lambda w: w[4:8] * 1,
         lambda w: w.view(2 * N, K // 2)[:, :].reshape(N, K)[4:8].flip(0),
         lambda w: w.flatten()[4 : 4 + 2 * K].view(2, K),  # begins in the middle of a row
+        lambda w: torch._neg_view(w)[4:8],
     ],
 )
 def test_what_is_not_whole_rows_stays_in_float(part):

@@ -87,6 +87,16 @@ class TestCompiledCodeSeesTheWeights:
         model.fc.weight.data = torch.randn(8, 16)
         assert torch.equal(compiled(X), expected(model))
 
+    @pytest.mark.parametrize("turned", [lambda w: w.t(), lambda w: w.view(32, 8)], ids=["transposed", "viewed"])
+    def test_data_assigned_from_the_same_memory(self, turned):
+        model = Net()
+        model.fc = nn.Linear(16, 16, bias=False)
+        compiled = compile_eager(model)
+        compiled(X)
+        model.fc.weight.data = turned(model.fc.weight.data)
+        x = X[:, : model.fc.weight.shape[1]]
+        assert torch.equal(compiled(x), int8_linear(x, model.fc.weight, None))
+
     def test_data_assignment_back_and_forth_at_one_address(self):
         """The allocator hands out the same address again: the pointer alone would not tell."""
         model = Net()
@@ -375,6 +385,9 @@ class TestStamps:
             lambda ws: ws.__setitem__(1, ws[1].clone()),
             lambda ws: setattr(ws[1], "data", ws[1].data.clone()),
             lambda ws: setattr(ws[1], "data", ws[1].data.view(-1)[4:8]),
+            lambda ws: setattr(ws[1], "data", ws[1].data.t()),
+            lambda ws: setattr(ws[3], "data", ws[3].data[:2]),
+            lambda ws: setattr(ws[3], "data", ws[3].data.view(torch.int32)),
             lambda ws: ws.reverse(),
             lambda ws: ws[1].share_memory_(),
             lambda ws: ws[1].data.add_(1),
@@ -385,6 +398,9 @@ class TestStamps:
             "replaced",
             "data assigned",
             "another view",
+            "transposed",
+            "cut short",
+            "another dtype",
             "swapped",
             "memory shared",
             "uncounted",
@@ -392,7 +408,7 @@ class TestStamps:
         ],
     )
     def test_changes_are_seen(self, watch, change):
-        ws = [torch.randn(4, 4), torch.randn(4, 4), torch.randn(33, 7).t()]
+        ws = [torch.randn(4, 4), torch.randn(4, 4), torch.randn(33, 7).t(), torch.ones(4, 4)]
         unchanged = watch(ws)
         change(ws)
         assert not unchanged(ws)

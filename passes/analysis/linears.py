@@ -148,9 +148,15 @@ def _match_einsum(node: fx.Node) -> Linear | None:
     ):
         return None
     n = w_labels.replace(k, "")
-    if out != x_labels[:-1] + n or n in x_labels:
+    if out != x_labels[:-1] + n or n in x_labels or not _same_size(x, -1, weight, w_labels.index(k)):
         return None
     return Linear(x, root, transposed != (w_labels[0] == k), None)
+
+
+def _same_size(a: fx.Node, i: int, b: fx.Node, j: int) -> bool:
+    """Whether two dimensions are known to have one size: an einsum takes one of size 1 for any other."""
+    left, right = meta_tensor(a), meta_tensor(b)
+    return left is not None and right is not None and statically_known_true(left.shape[i] == right.shape[j])
 
 
 def resolve_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
