@@ -1,9 +1,9 @@
 """What a float weight looked like when it was quantised, which tells whether its int8 form still holds.
 
 It does as long as the weight is the same object with the same version counter, data pointer, shape, strides, dtype and
-(living) storage. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies have it, ``weight.data += delta`` as merged
-adapters do, fused optimisers, anything to a tensor made in inference mode. They touch the whole weight, so a few of its
-bytes are compared too, where reading them costs nothing (on CPUs).
+(living) storage. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies have it,
+``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode. They
+touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
 """
 
 from __future__ import annotations
