@@ -21,7 +21,7 @@ install: $(INSTALLED)	## make .venv, or bring it up to date
 demo: $(INSTALLED)	## float and int8 side by side on a language model
 	$(BIN)/python -m examples.demo
 
-# A file a process, so that what its tests have in common is made once, and in the order of names, whose last files are
+# A file a process, so that what its tests have in common is made once, and in the order of rooms and names, whose last are
 # short. Most tests keep one core busy, and idle threads of two processes must not fight over two cores.
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -35,10 +35,10 @@ test-all: $(INSTALLED)	## all tests
 SECONDS ?= 600
 SEED ?= 0
 fuzz: $(INSTALLED)	## random programs in float and in int8, for SECONDS=600 from SEED=0
-	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
+	cd tests/helpers && ../../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 test-cuda: $(INSTALLED)	## the CUDA kernels compiled for every architecture (needs nvcc, no GPU)
-	$(PYTEST) -m slow tests/test_cuda_build.py
+	$(PYTEST) -m slow tests/kernels/test_cuda_build.py
 
 lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff check

@@ -1,0 +1,156 @@
+"""LLM.int8() for a whole eager model, written a second time: slow, in float64, with none of our operators.
+
+What ``backend="int8"`` makes of a model must equal what ``emulate`` makes of it. The two share no code and not even
+the formula: here outlier columns are taken out of the integer product and multiplied apart (equation 8 of
+arXiv 2208.07339), there the product stays whole and a residual is added. They agree up to float32 rounding, plus a
+code that comes out one higher or lower where that rounding moves a value across a half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+# The error allowed against the emulation. In fp32 both compute the same up to rounding (1e-7), unless that rounding
+# moves an activation across the half between two codes. One such flip changes one row of one linear's result by a
+# 127th of the row's largest value: about 5e-4 of all the outputs here. This allows for four; none is usual. (Leaving
+# the outliers out of it is an error of 1e-2 or more.)
+FP32_BOUND = 2e-3
+# In bf16 a value that rounds the other way moves by 2**-8 and takes codes behind it along. These models' own float
+# outputs in bf16 are 1e-2 to 2e-2 from those in fp32.
+BF16_BOUND = 2e-2
+
+
+@dataclasses.dataclass
+class Tally:
+    """What an emulation met, by weight name: calls, and outlier columns over all calls."""
+
+    calls: Counter[str] = dataclasses.field(default_factory=Counter)
+    outlier_columns: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def with_outliers(self) -> int:
+        """How many of the weights met an activation with an outlier column."""
+        return sum(count > 0 for count in self.outlier_columns.values())
+
+
+@contextlib.contextmanager
+def emulate(model: nn.Module, names: Iterable[str], threshold: float = 6.0) -> Iterator[Tally]:
+    """Within the context the named linears of ``model`` compute LLM.int8(); everything else is left as it is.
+
+    Args:
+        names: module paths or parameter paths, such as the ``path`` of a Report's rewritten sites.
+        threshold: an activation of this magnitude makes its column an outlier column; 0: there are none.
+
+    Raises:
+        LookupError: a name that is no weight of the model, or one whose weight nothing multiplied by; the comparison
+            would be with a model partly in float.
+    """
+    tally = Tally()
+    weights = {id(_weight(model, name)): name for name in names}
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+        out, outlier_columns = int8_linear(x, weight.t() if transposed else weight, bias, threshold)
+        name = weights[_parameter_id(weight)]
+        tally.calls[name] += 1
+        tally.outlier_columns[name] += outlier_columns
+        return out
+
+    with contextlib.ExitStack() as stack:
+        # F.linear serves what multiplies by a bare Parameter: attention's in_proj_weight, a router. The fused kernel
+        # of nn.TransformerEncoder would go past it.
+        stack.enter_context(_fast_path_off())
+        stack.enter_context(mock.patch.object(nn.functional, "linear", _by_weight(weights, product)))
+        for module in model.modules():
+            # A module's own forward need not call F.linear: Conv1D calls addmm, FalconLinear multiplies by weight.T.
+            if id(getattr(module, "weight", None)) in weights and _is_linear(module):
+                forward = functools.partial(_forward, module, product)
+                stack.enter_context(mock.patch.object(module, "forward", forward, create=True))
+        yield tally
+    unused = set(weights.values()) - set(tally.calls)
+    if unused:
+        raise LookupError(f"emulate: nothing multiplied by {', '.join(sorted(unused))}")
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> tuple[torch.Tensor, int]:
+    """x [..., K] times weight [N, K] as LLM.int8() computes it, and how many of the K columns were outlier columns."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # float64 holds what the casts below round, so that the only rounding is that to the output's dtype.
+    rows = x.detach().to(dtype).double().reshape(-1, x.shape[-1])
+    is_outlier = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    columns = is_outlier.any(dim=0)
+    weight_codes, weight_scale = _codes(weight.detach().double(), skip=torch.zeros_like(weight, dtype=torch.bool))
+    codes, scale = _codes(rows, skip=is_outlier)
+    integers = codes[:, ~columns].long() @ weight_codes[:, ~columns].long().t()
+    floats = rows[:, columns] @ (weight_codes * weight_scale)[:, columns].t()
+    out = integers.double() * scale * weight_scale.t() + floats
+    if bias is not None:
+        out = out + bias.detach().double()
+    return out.to(dtype).reshape(*x.shape[:-1], weight.shape[0]), int(columns.sum())
+
+
+def _codes(rows: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers in [-127, 127] and a scale [R, 1] for each row: its largest magnitude, skipped elements aside."""
+    kept = rows.masked_fill(skip, 0.0)
+    absmax = kept.abs().amax(dim=1, keepdim=True)
+    return torch.where(absmax > 0, torch.round(kept * 127 / absmax), 0.0), absmax / 127
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this name, or the weight of the module of this name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = parameters.get(name, parameters.get(f"{name}.weight"))
+    if found is None:
+        raise LookupError(f"emulate: the model has no parameter {name!r} or '{name}.weight'")
+    return found
+
+
+def _by_weight(weights: dict[int, str], product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """F.linear, but with the int8 product for the chosen weights."""
+    original = nn.functional.linear
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        ours = _parameter_id(weight) in weights
+        return product(input, weight, bias, False) if ours else original(input, weight, bias)
+
+    return linear
+
+
+def _parameter_id(weight: torch.Tensor) -> int:
+    """Of the parameter, or of the one that it is rows of (a part of attention's in_proj_weight)."""
+    return id(weight if weight._base is None else weight._base)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _forward(module: nn.Module, product: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    transposed = not isinstance(module, nn.Linear)  # Conv1D stores [K, N]
+    return product(x, module.weight, module.bias, transposed)
+
+
+@contextlib.contextmanager
+def _fast_path_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Frobenius norm of the difference, relative to that of ``expected``."""
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
+    return float(difference)
