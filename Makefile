@@ -19,9 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)	## make .venv, or bring it up to date
 
 demo: $(INSTALLED)	## float and int8 side by side on a language model
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m benchmarks.demo
 
-# A file a process, so that what its tests have in common is made once, and in the order of rooms and names, whose last are
+# A file a process, so that what its tests have in common is made once, and in the order of names, whose last files are
 # short. Most tests keep one core busy, and idle threads of two processes must not fight over two cores.
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -55,11 +55,11 @@ $(PEERS): $(INSTALLED)
 bench: $(PEERS)	## int8 against float and other int8 libraries, into benchmarks/results (an hour)
 	mkdir -p .cache/bench
 	$(BIN)/python -m benchmarks.linear --json .cache/bench/linear.json
-	$(BIN)/python -m benchmarks.calls --json .cache/bench/calls.json
+	$(BIN)/python -m benchmarks.studies.calls --json .cache/bench/calls.json
 	$(BIN)/python -m benchmarks.model --peers --json .cache/bench/model.json
 	$(BIN)/python -m benchmarks.model --peers --shape llama-3.2-1b --json .cache/bench/llama.json
 	$(BIN)/python -m benchmarks.results .cache/bench/*.json
-	$(BIN)/python -m benchmarks.min_features
+	$(BIN)/python -m benchmarks.studies.min_features
 
 clean:	## remove .venv, builds and caches (the downloaded model too)
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ def main(
     from int8compile.integrations.transformers import Int8Config
 
     if model is None:
-        from examples.smollm2 import folder
+        from benchmarks.smollm2 import folder
 
         model = str(folder())
     device = common.default_device()

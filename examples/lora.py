@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """LoRA losses of each way."""
     if model is None:
-        from examples.smollm2 import folder
+        from benchmarks.smollm2 import folder
 
         model = str(folder())
     ways = way or [w for w in WAYS if w != "bitsandbytes" or importlib.util.find_spec("bitsandbytes")]

@@ -13,9 +13,13 @@ import torch
 import typer
 
 import int8compile
-from benchmarks import calls, common, linear, linear_contenders, program_sizes, random_llama, results, targets
-from benchmarks.contender import load
-from benchmarks.linear_contenders import Case, Prepared, WrongResultError
+from benchmarks import common, results, targets
+from benchmarks.linear import __main__ as linear
+from benchmarks.linear import contenders
+from benchmarks.linear.contenders import Case, Prepared, WrongResultError
+from benchmarks.model import random_llama
+from benchmarks.model.contender import load
+from benchmarks.studies import calls, program_sizes
 
 SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
 NAMES = {  # milliseconds
@@ -198,7 +202,7 @@ def test_contenders_pass_the_check_of_their_results(name, copies):
     case = Case.random(4, 160, 64, cache_bytes=0)
     case = Case(case.m, case.x, case.weight, cache_bytes=copies * case.weight.numel() * 4)
     with torch.no_grad():
-        prepared = linear_contenders.contenders([torch.float32, torch.bfloat16])[name](case)
+        prepared = contenders.contenders([torch.float32, torch.bfloat16])[name](case)
         assert prepared.calls >= copies
         assert prepared.error() <= prepared.tolerance
 
@@ -207,7 +211,7 @@ def test_contenders_pass_the_check_of_their_results(name, copies):
 def test_a_wrong_result_is_not_timed(name):
     """One wrong channel in the last of several copies, or a NaN, and there is a reason instead of a time."""
     case = Case.random(4, 160, 64, cache_bytes=160 * 64 * 9)
-    prepare = linear_contenders.contenders([torch.float32])[name]
+    prepare = contenders.contenders([torch.float32])[name]
 
     def spoiled(value):
         def make(case):

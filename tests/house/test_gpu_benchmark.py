@@ -11,7 +11,7 @@ from checkout import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_checks, gpu_report
+from benchmarks.gpu import checks, report
 
 
 def rehearse(out: Path, only: str) -> dict:
@@ -44,27 +44,27 @@ def test_everything_runs(tmp_path):
 
 
 def test_a_wrong_output_is_seen():
-    run = gpu_checks.Run(Path(), True, 0.0)
-    gpu_checks.load(run)
-    for dtype in gpu_checks.DTYPES:
-        args = gpu_checks.problem(run, 5, 24, 64, dtype, 3)
-        out, want = gpu_checks.linear(*args, 6.0, "column"), gpu_checks.gold(*args, "column")
-        assert gpu_checks.wrong(out, want, dtype) == ""
+    run = checks.Run(Path(), True, 0.0)
+    checks.load(run)
+    for dtype in checks.DTYPES:
+        args = checks.problem(run, 5, 24, 64, dtype, 3)
+        out, want = checks.linear(*args, 6.0, "column"), checks.gold(*args, "column")
+        assert checks.wrong(out, want, dtype) == ""
         off = out.clone()
         off[2, 3] += 0.1 * out.abs().max()
-        assert "times the error" in gpu_checks.wrong(off, want, dtype)
+        assert "times the error" in checks.wrong(off, want, dtype)
         off[2, 3] = float("nan")
-        assert "NaN" in gpu_checks.wrong(off, want, dtype)
-        assert "instead of" in gpu_checks.wrong(out[:1], want, dtype)
-        assert gpu_checks.wrong(out, torch.where(want == want[1, 1], float("nan"), want), dtype)
+        assert "NaN" in checks.wrong(off, want, dtype)
+        assert "instead of" in checks.wrong(out[:1], want, dtype)
+        assert checks.wrong(out, torch.where(want == want[1, 1], float("nan"), want), dtype)
 
 
 def test_failures_and_missed_ends_are_problems():
     section = {"status": "ok", "seconds": 1.0, "result": {"failures": ["M=1: wrong"], "complete": True}}
     results = {"sections": {"correctness": section, "model": {"status": "failed", "result": None, "error": "a\nb"}}}
-    assert gpu_report.problems(results) == ["correctness: M=1: wrong", "model: failed b"]
+    assert report.problems(results) == ["correctness: M=1: wrong", "model: failed b"]
     results = {"sections": {"correctness": {"status": "ok", "result": {"complete": False}}}}
-    assert gpu_report.problems(results) == ["correctness: ran out of time before its end"]
+    assert report.problems(results) == ["correctness: ran out of time before its end"]
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_failures_and_missed_ends_are_problems():
 )
 def test_what_the_sanitizer_says(text, sound):
     results = {"sections": {"sanitizer": {"status": "ok", "result": {"memcheck": text}}}}
-    assert gpu_report.problems(results) == ([] if sound else [f"memcheck: {text}"])
+    assert report.problems(results) == ([] if sound else [f"memcheck: {text}"])

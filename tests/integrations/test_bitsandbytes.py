@@ -12,7 +12,7 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks import bitsandbytes_checkpoint
+from benchmarks.studies import bitsandbytes_checkpoint
 from int8compile import Int8Linear, quantize_
 from int8compile.errors import OptionValueError
 from int8compile.integrations.transformers import save_pretrained, take_over_bitsandbytes

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import int8compile
 import int8compile.backend
-from examples.smollm2 import folder
+from benchmarks.smollm2 import folder
 from int8compile.ops import linear, quantize_rowwise
 
 pytestmark = pytest.mark.slow

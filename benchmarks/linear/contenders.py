@@ -1,4 +1,4 @@
-"""Who is timed by ``benchmarks/linear.py``: linears of one shape, each made ready from the same float weight.
+"""Who is timed by ``benchmarks/linear``: linears of one shape, each made ready from the same float weight.
 
 A contender prepares ``Prepared``: a call that runs one linear for each of its weight copies. With many copies a small
 weight comes from memory, as in a decoder whose layers run one after another, and not from the cache in which a
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peer_modules import linear8bit, peer
+from benchmarks.peers import linear8bit, peer
 
 THRESHOLD = 6.0
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # relative error that a float product and its rounding may have

@@ -1,7 +1,7 @@
 """Sizes of exported programs: of the 16-bit model as torch.export saves it, in int8, and packaged.
 
-``python -m benchmarks.memory --programs`` prints them for SmolLM2-135M and for random models of the base shapes of
-BERT, ViT and GPT-2.
+``python -m benchmarks.studies.memory --programs`` prints them for SmolLM2-135M and for random models of the base shapes
+of BERT, ViT and GPT-2.
 """
 
 from __future__ import annotations

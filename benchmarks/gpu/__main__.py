@@ -26,8 +26,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from benchmarks import gpu_checks, gpu_model, gpu_report, gpu_times
-from benchmarks.gpu_checks import Run
+from benchmarks.gpu import checks, model, report, times
+from benchmarks.gpu.checks import Run
 
 
 class Section(NamedTuple):
@@ -38,14 +38,14 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "build": Section(gpu_checks.build, 210),  # nearly all of it only if the proof of the wgmma kernels hangs
-    "correctness": Section(gpu_checks.correctness, 80),
-    "graphs": Section(gpu_checks.graphs, 50),
-    "streams": Section(gpu_checks.streams, 30),
-    "sanitizer": Section(gpu_checks.sanitizer, 80),
-    "layers": Section(gpu_times.layers, 110),
-    "model": Section(gpu_model.model, 130),
-    "peers": Section(gpu_times.peers, 100),
+    "build": Section(checks.build, 210),  # nearly all of it only if the proof of the wgmma kernels hangs
+    "correctness": Section(checks.correctness, 80),
+    "graphs": Section(checks.graphs, 50),
+    "streams": Section(checks.streams, 30),
+    "sanitizer": Section(checks.sanitizer, 80),
+    "layers": Section(times.layers, 110),
+    "model": Section(model.model, 130),
+    "peers": Section(times.peers, 100),
 }
 
 
@@ -77,8 +77,8 @@ def main(
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     results["seconds"] = round(time.monotonic() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    gpu_report.write(results, out, console)
-    raise typer.Exit(0 if gpu_report.is_sound(results) else 1)
+    report.write(results, out, console)
+    raise typer.Exit(0 if report.is_sound(results) else 1)
 
 
 def _run_apart(name: str, out: Path, dry_run: bool, seconds: float) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _run_apart(name: str, out: Path, dry_run: bool, seconds: float) -> dict[str,
 
 
 def _run_here(name: str, run: Run) -> None:
-    function = gpu_checks.sanitized if name == "sanitized" else SECTIONS[name].run
+    function = checks.sanitized if name == "sanitized" else SECTIONS[name].run
     try:
         result = function(run)
     except Exception:

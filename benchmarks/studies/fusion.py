@@ -1,6 +1,6 @@
 """Where should an activation be quantised: in inductor's kernel that computes it, or in the operator that multiplies?
 
-    python -m benchmarks.fusion
+    python -m benchmarks.studies.fusion
 
 Each case is a producer (RMSNorm behind a residual addition; silu(gate) * up; nothing, the activation is there) and the
 linears that read it, compiled by inductor in three ways, all with native products:

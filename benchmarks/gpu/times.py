@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_checks import THRESHOLD, Run, forced, linear, load, problem, wgmma_is_used
+from benchmarks.gpu.checks import THRESHOLD, Run, forced, linear, load, problem, wgmma_is_used
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # K, N
 ROWS = (1, 8, 64, 512, 4096)

@@ -1,7 +1,7 @@
 """What ``torch.compile(model, backend="int8")`` does to a language model, on this machine, in a few minutes.
 
-    python -m examples.demo                                  # SmolLM2-135M-Instruct, fetched the first time
-    python -m examples.demo --model FOLDER_OR_HUB_ID         # any causal language model of transformers
+    python -m benchmarks.demo                                  # SmolLM2-135M-Instruct, fetched the first time
+    python -m benchmarks.demo --model FOLDER_OR_HUB_ID         # any causal language model of transformers
 
 Compares the float model under inductor with the same model under int8: a continuation of the same prompt, perplexity,
 weight memory, and times. Each number is measured in this run.
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmarks import common
-from benchmarks.contender import Contender
+from benchmarks.model.contender import Contender
 
 WINDOW = 512  # tokens of a prompt, and of a perplexity window: one compiled graph serves both
 BURST = 8  # tokens that one model decodes before it is the other's turn
@@ -76,7 +76,7 @@ def main(
 
 
 def _default_model() -> str:
-    from examples.smollm2 import folder
+    from benchmarks.smollm2 import folder
 
     return str(folder())
 

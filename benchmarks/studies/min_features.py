@@ -1,7 +1,7 @@
 """From which size on a linear is not slower in int8: where the default of ``Int8Config.min_features`` comes from.
 
-    python -m benchmarks.min_features
-    python -m benchmarks.min_features --sizes 64,128 --rows 1 --rounds 50 --json FILE
+    python -m benchmarks.studies.min_features
+    python -m benchmarks.studies.min_features --sizes 64,128 --rows 1 --rounds 50 --json FILE
 
 Times ``F.linear`` against ``torch.ops.int8compile.linear`` (activation quantised, int8 product, outlier product, all in
 one) for square weights, in turns. Four columns of the activation are outliers. A ratio above 1: int8 is faster.

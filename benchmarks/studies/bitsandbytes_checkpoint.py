@@ -1,7 +1,7 @@
 """One int8 checkpoint, made by bitsandbytes, run by bitsandbytes and by this package: is it the same model?
 
-    python -m benchmarks.bitsandbytes_checkpoint                         # SmolLM2-135M on the CPU, a few minutes
-    python -m benchmarks.bitsandbytes_checkpoint --windows 64 --json results.json
+    python -m benchmarks.studies.bitsandbytes_checkpoint                 # SmolLM2-135M on the CPU, a few minutes
+    python -m benchmarks.studies.bitsandbytes_checkpoint --windows 64 --json results.json
 
 Two right computations of one int8 model do not agree on its perplexity to many digits. Rounding flips an activation's
 code here and there, each flip travels on, and after thirty layers the two are different draws of the same quantisation
@@ -33,7 +33,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from benchmarks import common
-from benchmarks.peer_modules import AbsentError, peer
+from benchmarks.peers import AbsentError, peer
 from int8compile import Int8Linear
 from int8compile.ops import quantize_rowwise, scaled_mm
 
@@ -53,7 +53,7 @@ def main(
     import transformers
 
     if model is None:
-        from examples.smollm2 import folder
+        from benchmarks.smollm2 import folder
 
         model = str(folder())
     torch.set_grad_enabled(False)

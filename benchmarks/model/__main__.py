@@ -9,8 +9,8 @@ A contender is DTYPE-BACKEND. Backends:
 
 * eager, inductor; frozen (inductor with freezing), autotuned (with freezing and max-autotune)
 * int8; int8-head, with the output embedding in int8 too
-* emulation: LLM.int8() in eager PyTorch (``benchmarks/emulation.py``). Its perplexity is what int8 should have; its
-  time says nothing, so it is not taken
+* emulation: LLM.int8() in eager PyTorch (``benchmarks/model/emulation.py``). Its perplexity is what int8 should have;
+  its time says nothing, so it is not taken
 * torchao (int8 dynamic), torchao-weights (int8 weights alone), both by inductor with freezing and max-autotune;
   bitsandbytes; onnxruntime (float32 alone); q8_0-llama.cpp. One that is not installed is reported as absent
 
@@ -22,8 +22,8 @@ and emulation in that, with inductor beside them. ``--peers`` adds all others of
 * perplexity: windows of 512 tokens of the help topics inside CPython
 * logits: relative distance from the first eager contender's logits, after the prompt and after one decode step
 
-``--shape`` takes a random model of that shape (``benchmarks/random_llama.py``) and one contender at a time, so that no
-two are in memory; of ``--peers``, those that need several times the memory of float32 weights are left out.
+``--shape`` takes a random model of that shape (``benchmarks/model/random_llama.py``) and one contender at a time, so
+that no two are in memory; of ``--peers``, those that need several times the memory of float32 weights are left out.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import common, model_table, targets
+from benchmarks import common, targets
 from benchmarks.common import Timing
-from benchmarks.contender import BACKENDS, FLOAT_BACKENDS, FLOATS, PEERS, Contender
-from benchmarks.random_llama import SHAPES, random_tokens
+from benchmarks.model import table
+from benchmarks.model.contender import BACKENDS, FLOAT_BACKENDS, FLOATS, PEERS, Contender
+from benchmarks.model.random_llama import SHAPES, random_tokens
 
 WINDOW = 512  # tokens of a prompt, and of a perplexity window: one compiled graph serves both
 STEPS = 4  # timed decode steps a turn, after one that is not: it finds the caches full of others' data
@@ -83,12 +84,12 @@ def main(
     timed = {name: result for name, result in run.results.items() if "absent" not in result}
     rows = targets.model_targets(timed, llama=shape == "llama-3.2-1b") if model is None and shape != "tiny" else []
     output["targets"] = [row.to_dict() for row in rows]
-    model_table.show(output, rows, Console(highlight=False, stderr=json_file == "-"))
+    table.show(output, rows, Console(highlight=False, stderr=json_file == "-"))
     common.write_json(output, json_file)
 
 
 def _default_model() -> str:
-    from examples.smollm2 import folder
+    from benchmarks.smollm2 import folder
 
     return str(folder())
 

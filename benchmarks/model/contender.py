@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "autotuned": FLOATS,  # the same with max-autotune
     "int8": FLOATS,
     "int8-head": FLOATS,  # the output embedding in int8 too
-    "emulation": FLOATS,  # see benchmarks/emulation.py
+    "emulation": FLOATS,  # see benchmarks/model/emulation.py
     "torchao": FLOATS,  # int8 dynamic, by inductor with freezing and max-autotune
     "torchao-weights": FLOATS,  # int8 weights alone, likewise; without freezing unless in bfloat16
     "bitsandbytes": FLOATS,
@@ -65,11 +65,11 @@ def make_model(
     if threads:
         torch.set_num_threads(threads)
     if backend == "onnxruntime":
-        from benchmarks.peer_onnx import OnnxRuntime
+        from benchmarks.model.peer_onnx import OnnxRuntime
 
         return OnnxRuntime(load(path, dtype))
     if backend == "llama.cpp":
-        from benchmarks.peer_llamacpp import LlamaCpp
+        from benchmarks.model.peer_llamacpp import LlamaCpp
 
         return LlamaCpp(load(path, "float32"))
     return Model(path, dtype, backend, device, options)
@@ -91,14 +91,14 @@ def load(path: str, dtype: str) -> Any:
     """A causal language model in eval mode.
 
     Args:
-        path: a transformers folder or hub id, or ``shape:NAME`` for one of ``benchmarks/random_llama.py``.
+        path: a transformers folder or hub id, or ``shape:NAME`` for one of ``benchmarks/model/random_llama.py``.
         dtype: name of the dtype that weights and activations have.
     """
     import torch
     import transformers
 
     if path.startswith("shape:"):
-        from benchmarks.random_llama import random_llama
+        from benchmarks.model.random_llama import random_llama
 
         return random_llama(path.removeprefix("shape:"), getattr(torch, dtype))
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
@@ -119,18 +119,18 @@ class Model:
     def __init__(self, path: str, dtype: str, backend: str, device: str, options: dict[str, Any] | None) -> None:
         import torch
 
-        from benchmarks import peer_modules
+        from benchmarks import peers
 
         self.model = load(path, dtype).to(device)
         self.device = device
         if backend == "emulation":
-            from benchmarks.emulation import emulate_
+            from benchmarks.model.emulation import emulate_
 
             emulate_(self.model)
         elif backend.startswith("torchao"):
-            peer_modules.quantize_torchao_(self.model, weight_only=backend == "torchao-weights")
+            peers.quantize_torchao_(self.model, weight_only=backend == "torchao-weights")
         elif backend == "bitsandbytes":
-            peer_modules.quantize_bitsandbytes_(self.model)
+            peers.quantize_bitsandbytes_(self.model)
         if backend not in _COMPILED:
             self.forward = self.model
         else:

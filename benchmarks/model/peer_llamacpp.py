@@ -1,4 +1,4 @@
-"""llama.cpp with Q8_0 weights, as a contender of ``benchmarks/model.py``.
+"""llama.cpp with Q8_0 weights, as a contender of ``benchmarks/model``.
 
 The GGUF file is written from the transformers model itself, so that both have the same weights: Q8_0 (blocks of 32
 values, one fp16 scale each) for every matrix, the embedding that is also the output included; norms in fp32.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peer_modules import AbsentError, peer
+from benchmarks.peers import AbsentError, peer
 
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -31,7 +31,7 @@ _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 
 
 class LlamaCpp:
-    """A Llama model in llama.cpp; the methods are those of ``benchmarks.contender.Model``.
+    """A Llama model in llama.cpp; the methods are those of ``benchmarks.model.contender.Model``.
 
     Args:
         model: a transformers ``LlamaForCausalLM``, in any float dtype.

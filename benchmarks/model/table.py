@@ -1,4 +1,4 @@
-"""The results of ``benchmarks/model.py`` for people."""
+"""The results of ``benchmarks/model`` for people."""
 
 from __future__ import annotations
 
