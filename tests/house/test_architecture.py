@@ -76,3 +76,14 @@ def test_public_names_exist_and_are_documented():
     for name in int8compile.__all__:
         assert getattr(int8compile, name).__doc__, name
     assert set(int8compile.__all__) <= set(dir(int8compile))
+
+
+def test_examples_and_benchmarks_do_not_import_one_another():
+    for here, other in (("examples", "benchmarks"), ("benchmarks", "examples")):
+        files = sorted((ROOT / here).rglob("*.py"))
+        assert files
+        for path in files:
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert other not in {name.split(".")[0] for name in modules}, f"{path} imports {other}"
