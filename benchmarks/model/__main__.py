@@ -9,7 +9,7 @@ A contender is DTYPE-BACKEND. Backends:
 
 * eager, inductor; frozen (inductor with freezing), autotuned (with freezing and max-autotune)
 * int8; int8-head, with the output embedding in int8 too
-* emulation: LLM.int8() in eager PyTorch (``benchmarks/model/emulation.py``). Its perplexity is what int8 should have;
+* emulation: LLM.int8() in float64 (``tests/helpers/gold.py``). Its perplexity is what int8 should have;
   its time says nothing, so it is not taken
 * torchao (int8 dynamic), torchao-weights (int8 weights alone), both by inductor with freezing and max-autotune;
   bitsandbytes; onnxruntime (float32 alone); q8_0-llama.cpp. One that is not installed is reported as absent

@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "autotuned": FLOATS,  # the same with max-autotune
     "int8": FLOATS,
     "int8-head": FLOATS,  # the output embedding in int8 too
-    "emulation": FLOATS,  # see benchmarks/model/emulation.py
+    "emulation": FLOATS,  # LLM.int8() by the tests' gold; slow
     "torchao": FLOATS,  # int8 dynamic, by inductor with freezing and max-autotune
     "torchao-weights": FLOATS,  # int8 weights alone, likewise; without freezing unless in bfloat16
     "bitsandbytes": FLOATS,
@@ -124,9 +124,12 @@ class Model:
         self.model = load(path, dtype).to(device)
         self.device = device
         if backend == "emulation":
-            from benchmarks.model.emulation import emulate_
+            from tests.helpers.gold import emulate
 
-            emulate_(self.model)
+            head = self.model.get_output_embeddings()
+            linears = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+            self.emulation = emulate(self.model, linears)
+            self.emulation.__enter__()  # for as long as the process lives
         elif backend.startswith("torchao"):
             peers.quantize_torchao_(self.model, weight_only=backend == "torchao-weights")
         elif backend == "bitsandbytes":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulation import BF16_BOUND, FP32_BOUND, emulate, int8_linear
+from gold import BF16_BOUND, FP32_BOUND, emulate, int8_linear
 from model_zoo import ZOO, BrokenByTorchError, Entry, Mlp, Row, measure, tabulate
 
 # How much nearer to the emulation than to the float model the output must be.

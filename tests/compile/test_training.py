@@ -2,11 +2,10 @@
 
 import copy
 
-import numpy as np
+import gold
 import pytest
 import torch
 from compiling import compile_eager
-from gold import error, row_codes, weight_codes
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -26,18 +25,6 @@ def activation(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return x.to(dtype)
 
 
-def gold(x, weight, bias, threshold, policy) -> np.ndarray:
-    """LLM.int8() in float64 with the true weight on outliers."""
-    flat = x.detach().double().numpy().reshape(-1, x.shape[-1])
-    q, row_scale, columns = row_codes(x.detach().reshape(-1, x.shape[-1]), threshold)
-    codes, scale = weight_codes(weight)
-    exact = np.broadcast_to(columns, flat.shape) if policy == "column" else np.abs(flat) >= max(threshold, 1e-300)
-    exact = exact & columns
-    out = np.where(exact, 0, q * row_scale[:, None]) @ (codes * scale[:, None]).T
-    out = out + np.where(exact, flat, 0) @ weight.detach().double().numpy().T
-    return (out + (0 if bias is None else bias.detach().double().numpy())).reshape(*x.shape[:-1], -1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("threshold", "policy"), [(6.0, "column"), (6.0, "element"), (0.0, "column")])
 @pytest.mark.parametrize("shape", [(7, 48), (2, 3, 48), (48,), (0, 48)])
@@ -48,7 +35,8 @@ def test_agrees_with_the_gold(dtype, threshold, policy, shape):
     assert out.shape == (*shape[:-1], 20)
     bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     if x.numel():
-        assert error(out, gold(x, weight, bias, threshold, policy)) < bound
+        want = gold.linear(x, *gold.weight_codes(weight), bias, threshold, policy, true_weight=weight)
+        assert gold.relative_error(out, want) < bound
 
 
 def test_outliers_meet_the_true_weight():

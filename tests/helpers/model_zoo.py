@@ -23,7 +23,7 @@ import rich.console
 import rich.table
 import torch
 import transformers
-from emulation import emulate, relative_error
+from gold import emulate, relative_error
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import emulate
+from gold import emulate
 from model_zoo import Entry, eagerly, gpt2, llama, tokens
 from torch import nn
 from torch._dynamo.utils import counters

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 import torch
 from compiling import compile_eager, int8_linear
-from emulation import BF16_BOUND, FP32_BOUND, relative_error
+from gold import BF16_BOUND, FP32_BOUND, relative_error
 from model_zoo import ZOO, BrokenByTorchError, check_traceable, eagerly, output, tokens
 from torch import nn
 from torch.nn import functional as F

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkout import ROOT
-from emulation import FP32_BOUND, relative_error
+from gold import FP32_BOUND, relative_error
 from model_zoo import ZOO, output
 from torch import nn
 

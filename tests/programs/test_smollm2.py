@@ -10,7 +10,7 @@ nothing but rounding, which a run whose embeddings are one bit off shows by part
 import pytest
 import torch
 import transformers
-from emulation import FP32_BOUND, relative_error
+from gold import FP32_BOUND, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import int8compile
