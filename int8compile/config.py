@@ -42,7 +42,7 @@ class Int8Config:
             of the batch. ``"element"`` gives 16 bits to the outlier elements alone, so that a row's result
             does not depend on the rows beside it (up to the order of fp32 summation).
         min_features: a linear with fewer input or output features stays in float. 0: nothing is too small.
-            The default is where int8 stops paying; ``benchmarks/min_features.py`` prints the figures.
+            The default is where int8 stops paying; ``benchmarks/studies/min_features.py`` prints the figures.
         skip_output_embeddings: leave ``lm_head`` / ``embed_out`` and weights shared with an embedding in float.
         release_weights: free each float weight once its int8 form exists. The eager model, ``state_dict()`` and
             ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
