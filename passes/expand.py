@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from int8compile.graph.dump import meta_value
 from int8compile.passes.analysis import transformed
 from int8compile.passes.context import PassContext
+from int8compile.torch_internals.graphs import FUSED_ATTENTION, FUSED_ENCODER_LAYER
 
 
 def expand(graph: fx.Graph, context: PassContext) -> int:
@@ -129,8 +130,8 @@ def _encoder_layer(
 #: calls that Dynamo puts into the graph whole, with the weights of several linears as arguments -> what they compute
 FUSED: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.multi_head_attention_forward: functional.multi_head_attention_forward,
-    torch._native_multi_head_attention: _attention,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    FUSED_ATTENTION: _attention,
+    FUSED_ENCODER_LAYER: _encoder_layer,
 }
 
 

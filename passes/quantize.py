@@ -27,6 +27,8 @@ from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import LINEAR, is_vector, resolve_transposes
 from int8compile.report import Reason, Site
+from int8compile.torch_internals.tensors import is_any_fake as _is_fake
+from int8compile.torch_internals.tensors import storage_key
 
 #: where each takes its table
 _EMBEDDINGS = {torch.nn.functional.embedding: 1, torch.embedding: 0, torch.ops.aten.embedding.default: 0}
@@ -159,17 +161,13 @@ class _Facts:
         example = self.context.capture.examples.get(node)
         if not isinstance(example, torch.Tensor) or _is_fake(example):
             return None
-        return int(example.untyped_storage()._cdata)
+        return storage_key(example)
 
 
 def _table(node: fx.Node) -> object:
     """The weight of an embedding."""
     position = _EMBEDDINGS[node.target]
     return node.args[position] if len(node.args) > position else node.kwargs.get("weight")
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def prequantized_site(node: fx.Node) -> Site:

@@ -26,9 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from int8compile.native import loader
 from int8compile.ops import quantize_weight
-from int8compile.torch_internals.operators import is_fake
-
-_expired = torch.UntypedStorage._expired
+from int8compile.torch_internals.tensors import is_fake, storage_expired, storage_key
 
 _CHUNK = 1 << 20  # elements quantised at a time, so that fp32 temporaries stay small
 
@@ -87,11 +85,11 @@ class _Stamp:
         if self.ref() is not weight:
             return False
         if self.released:
-            return bool(weight.untyped_storage()._cdata == self.storage.cdata)
+            return bool(storage_key(weight) == self.storage.cdata)
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
-            and not _expired(self.storage.cdata)
+            and not storage_expired(self.storage.cdata)
             and _sample(weight) == self.sample
         )
 
@@ -182,7 +180,7 @@ class WeightStore:
         """Bytes held, each storage counted once."""
         with self._lock:
             tensors = [t for entry in self._entries.values() for t in entry.packed]
-            return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+            return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -314,7 +312,7 @@ class Slots:
         return inputs
 
     def _overlap(self, args: Sequence[torch.Tensor], storages: set[int]) -> bool:
-        return any(args[position].untyped_storage()._cdata in storages for position in self._written)
+        return any(storage_key(args[position]) in storages for position in self._written)
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
         members = [[Member(args[at], transposed) for at, transposed in slot.members] for slot in self._slots]
@@ -322,7 +320,7 @@ class Slots:
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with weights[0].fake_mode:
                 return [tensor for group in members for tensor in _empty(group)]
-        storages = {weight.untyped_storage()._cdata for weight in weights}
+        storages = set(map(storage_key, weights))
         if self._overlap(args, storages):
             return None
         stamps = _stamps(weights)  # first: a change from here on is then seen
