@@ -13,6 +13,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from int8compile import hooks
+
 if TYPE_CHECKING:
     from int8compile.backend import int8
     from int8compile.config import Int8Config
@@ -78,6 +80,8 @@ __all__ = [
     "restore_weights_",
     "save",
 ]
+
+hooks.register("transformers", lambda: importlib.import_module("int8compile.integrations.transformers"))
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ reads options or environment variables.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import numbers
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from int8compile.errors import OptionNameError, OptionValueError
+from int8compile.hooks import transformers_integration
 from int8compile.limits import SMALLEST_THRESHOLD
 
 PASS_NAMES = ("expand", "group_heads", "normalize", "quantize", "merge", "share", "verify")
@@ -130,7 +130,7 @@ class Int8Config:
     @property
     def quant_method(self) -> str:
         """What transformers asks a ``quantization_config`` for: this class will do there, too."""
-        importlib.import_module("int8compile.integrations.transformers")  # registers what the name stands for
+        transformers_integration()  # registers what the name stands for
         return "int8compile"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from int8compile.config import Int8Config
 from int8compile.errors import CaptureError
 from int8compile.native.providers import choose_provider
 from int8compile.report import Report
+from int8compile.torch_internals.modules import uncompiled
 
 
 def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwargs: Any) -> Report:
@@ -43,7 +44,7 @@ def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwa
         report.add(rewrite(gm, example_inputs, config, provider)[1])
         return gm.forward
 
-    original = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    original = uncompiled(model)
 
     # A frame of its own, so that the user's frames keep their compile caches and recompile counts wherever
     # nothing breaks the graph.

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import rich.box
@@ -98,8 +99,6 @@ class GraphReport:
     graph_break: GraphBreak | None = None
     unmatched: tuple[str, ...] = ()
     pass_counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    text: str = dataclasses.field(default="", repr=False)
 
     @property
     def frame(self) -> str:
@@ -207,18 +206,8 @@ class Report:
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("linear", overflow="fold")
-        for name in ("count", "K x N"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("dtype", no_wrap=True)
-        table.add_column("outcome", overflow="fold")
-        for (path, k, n, dtype, reason, detail), count in folded(self.sites).items():
-            in_int8 = reason in (Reason.REWRITTEN, Reason.PREQUANTIZED)
-            style = None if in_int8 else "yellow"
-            outcome = "int8" if in_int8 else f"float: {reason.name}{' ' + detail if detail else ''}"
-            table.add_row(path, str(count), f"{k} x {n}", dtype, outcome, style=style)
-        yield table
+        dots = "…" if console.encoding.startswith("utf") else "..."
+        yield from _table(folded(self.sites), options.max_width, dots)
         yield self.summary()
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.breaks)} graph breaks, "
         compiled = any(graph.compile_id for graph in self.graphs)
@@ -239,13 +228,72 @@ class Report:
         return text.getvalue()
 
 
-def folded(sites: list[Site]) -> Counter[tuple[str, int, int, str, Reason, str]]:
+#: path, K, N, dtype, reason and detail of like sites, and how many
+_Rows = Counter[tuple[str, int, int, str, Reason, str]]
+
+
+def folded(sites: list[Site]) -> _Rows:
     """Like sites of repeated layers as one row: ``layers.0.fc``, ``layers.1.fc`` -> ``layers.*.fc``, with a count."""
-    rows: Counter[tuple[str, int, int, str, Reason, str]] = Counter()
+    rows: _Rows = Counter()
     for s in sites:
         path = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", s.path)
         rows[(path, s.in_features, s.out_features, s.dtype, s.reason, s.detail)] += 1
     return rows
+
+
+def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.RenderableType]:
+    """Folded sites as a table of at most that width, in which no name breaks but between its parts.
+
+    Where it would, what most of the names begin with is said once, above the table, and ``dots`` stand for it.
+    """
+    names = [row[0] for row in rows]
+    cells = [(str(count), f"{k} x {n}", dtype) for (_, k, n, dtype, _, _), count in rows.items()]
+    outcomes = [_outcome(reason, detail) for *_, reason, detail in rows]
+    words = [len(word) for outcome in outcomes for word in outcome.split()]
+    beside = 14 + sum(max(map(len, column)) for column in zip(("count", "K x N", "dtype"), *cells, strict=True))
+    room = width - beside - max(words, default=0)
+    if _longest(names) > room and (prefix := _commonest_prefix(names)):
+        yield f"{dots} stands for {prefix}"
+        names = [dots + name.removeprefix(prefix) if name.startswith(prefix) else name for name in names]
+    if _longest(names) > room:
+        parts = _longest(part for name in names for part in name.split("."))
+        room = max(room, min(parts + 1, width - beside - _longest(reason.name for reason in Reason)), len("linear"))
+        names = [_cut(name, room) for name in names]
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("linear", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("K x N", justify="right", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
+    for name, middle, outcome in zip(names, cells, outcomes, strict=True):
+        table.add_row(name, *middle, outcome, style=None if outcome == "int8" else "yellow")
+    yield table
+
+
+def _outcome(reason: Reason, detail: str) -> str:
+    if reason in (Reason.REWRITTEN, Reason.PREQUANTIZED):
+        return "int8"
+    return f"float: {reason.name} {detail}".rstrip()
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
+
+
+def _commonest_prefix(names: list[str]) -> str:
+    """The beginning, up to a dot, without which the names are shortest in all: ``model.layers.*.``, or nothing."""
+    prefixes = Counter(name[: dot.end()] for name in names for dot in re.finditer(r"\.", name))
+    return max((p for p, count in prefixes.items() if count > 1), key=lambda p: prefixes[p] * len(p), default="")
+
+
+def _cut(name: str, width: int) -> str:
+    """In lines, after dots where that will do."""
+    lines = [""]
+    for part in re.findall(rf"[^.]{{1,{width - 1}}}\.?|\.", name):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _mib(size: int) -> str:

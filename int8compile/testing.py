@@ -43,6 +43,7 @@ from int8compile.native.providers import choose_provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.runner import Pass
 from int8compile.report import Reason, folded
+from int8compile.torch_internals.tensors import new_fake_mode
 
 VERSION_LINE = f"# int8compile graph, version {DUMP_VERSION}"
 
@@ -184,7 +185,7 @@ def trace(module: torch.nn.Module, *args: torch.Tensor, dynamic: bool = False) -
         node.replace_all_uses_with(constants[name])
         graph.erase_node(node)
     gm = fx.GraphModule(module, graph)
-    mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    mode = new_fake_mode(ShapeEnv() if dynamic else None)
     fakes = [mode.from_tensor(v, static_shapes=not (dynamic and i < len(args))) for i, v in enumerate(values)]
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
     return Capture(gm, values, mode)

@@ -30,6 +30,8 @@ from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import LINEAR
 from int8compile.report import Reason, Site
+from int8compile.torch_internals.tensors import is_any_fake as _is_fake
+from int8compile.torch_internals.tensors import storage_key
 
 _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
 
@@ -147,8 +149,4 @@ class _Facts:
         example = self.context.capture.examples.get(node)
         if not isinstance(example, torch.Tensor) or _is_fake(example):
             return None
-        return int(example.untyped_storage()._cdata)
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+        return storage_key(example)

@@ -21,10 +21,9 @@ log = logging.getLogger(__name__)
 Pass = Callable[[fx.Graph, PassContext], int]
 
 
-def run(pipeline: Sequence[Pass], context: PassContext) -> tuple[dict[str, int], dict[str, float]]:
-    """Run the passes that are not disabled; returns each one's number of changes and seconds."""
+def run(pipeline: Sequence[Pass], context: PassContext) -> dict[str, int]:
+    """Run the passes that are not disabled; returns each one's number of changes."""
     counts: dict[str, int] = {}
-    seconds: dict[str, float] = {}
     graph = context.capture.graph
     for rewrite in pipeline:
         name = rewrite.__name__
@@ -36,12 +35,11 @@ def run(pipeline: Sequence[Pass], context: PassContext) -> tuple[dict[str, int],
             _remove_dead(graph, context)
             context.capture.drop_unused_inputs()
             graph.lint()
-        seconds[name] = time.perf_counter() - start
-        log.debug("%s: %d changes in %.1f ms", name, counts[name], 1e3 * seconds[name])
+        log.debug("%s: %d changes in %.1f ms", name, counts[name], 1e3 * (time.perf_counter() - start))
         if counts[name] and log.isEnabledFor(logging.DEBUG):
             log.debug("graph after %s:\n%s", name, dump(graph))
     context.capture.gm.recompile()
-    return counts, seconds
+    return counts
 
 
 def _remove_dead(graph: fx.Graph, context: PassContext) -> None:

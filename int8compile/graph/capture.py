@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from int8compile.graph.dump import meta_tensor
+from int8compile.torch_internals.graphs import empty_like, set_source, source_of
 
 
 class FloatWeight(NamedTuple):
@@ -111,7 +112,7 @@ class Capture:
         with self.graph.inserting_after(inputs[-1]) if before is None else self.graph.inserting_before(before):
             node = self.graph.placeholder(name)
         node.target = node.name  # the name is made unique: a weight can be lifted plain, transposed and as part of one
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        set_source(node, None)
         node.meta["val" if "val" in inputs[0].meta else "example_value"] = value
         # As Dynamo marks parameters: a static address, which CUDA graphs need not copy.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -129,15 +130,15 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -
     ours.meta = copy.copy(gm.meta)
     for theirs, node in copied.items():
         if theirs.op == "placeholder":
-            source = getattr(theirs, "_dynamo_source", None)
-            node._dynamo_source = source  # type: ignore[attr-defined]
+            source = source_of(theirs)
+            set_source(node, source)
             mark_constant(node, source)
     return Capture(ours, example_inputs, fake_mode)
 
 
 def copied_graph(original: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a graph, and the copy of each of its nodes but the output."""
-    graph = fx.Graph(tracer_cls=original._tracer_cls)
+    graph = empty_like(original)
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(original, copied))
     graph.output_node().meta.update(original.output_node().meta)

@@ -9,7 +9,6 @@ than a layer.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -21,9 +20,12 @@ from torch import nn
 from int8compile import selection
 from int8compile.config import Int8Config
 from int8compile.errors import ModuleError
+from int8compile.hooks import transformers_integration
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear, is_conv1d
 from int8compile.native import providers
 from int8compile.report import GraphReport, Reason, Report, Site, WeightUse
+from int8compile.torch_internals.modules import share_hooks, uncompiled
+from int8compile.torch_internals.tensors import storage_key
 from int8compile.weights.int8_weight import Int8Weight
 
 # Linears whose forward is their own and still no more than a linear.
@@ -31,16 +33,6 @@ _KNOWN_LINEARS = ("FalconLinear", "Int8MasterLinear")
 
 # PyTorch's modules that read their linears' weights past the linears' own forward.
 _FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +213,7 @@ class _Facts:
 
 
 def _module_refusal(module: nn.Module, weight: torch.Tensor) -> tuple[Reason, str] | None:
-    if "weight" not in module._parameters:
+    if "weight" not in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
         return Reason.NOT_CONSTANT, "parametrized"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     replaced_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # which is accelerate's doing
@@ -245,7 +237,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _storage(tensor: object) -> int | None:
-    return int(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
+    return storage_key(tensor) if isinstance(tensor, torch.Tensor) else None
 
 
 def _by_identity(
@@ -266,8 +258,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """What was hooked to a module goes on with the one in its place; accelerate's moving between devices too."""
-    for name in _HOOKS:
-        vars(new)[name] = vars(old)[name]
+    share_hooks(old, new)
     if hasattr(old, "_hf_hook") and not is_offloaded(old):
         sys.modules["accelerate.hooks"].add_hook_to_module(new, old._hf_hook)
 
@@ -280,7 +271,7 @@ def _replace(model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.M
 
 def _unwrapped(model: object, function: str) -> nn.Module:
     """The module itself, where ``torch.compile`` has wrapped it."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if not isinstance(model, nn.Module):
         raise ModuleError(f"{function}(model): model is {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -294,7 +285,7 @@ def _transformers_integration(model: nn.Module) -> Any:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
-    return importlib.import_module("int8compile.integrations.transformers")
+    return transformers_integration()
 
 
 def _refused_by_transformers(model: nn.Module, config: Int8Config) -> dict[str, tuple[Reason, str]]:

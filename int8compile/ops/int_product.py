@@ -34,12 +34,14 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
+from int8compile.torch_internals.products import cpu_has_int8_dot_products, int_mm
+
 _EXACT_IN_FP32 = 1024  # 127 * 127 * 1024 < 2**24
 
 
 def cpu_multiplies_int8() -> bool:
     """Whether ``torch._int_mm`` is fast on this CPU, which has int8 dot products, and exact; tests say what it is."""
-    return torch.cpu._is_vnni_supported() and _onednn_is_exact()
+    return cpu_has_int8_dot_products() and _onednn_is_exact()
 
 
 @functools.cache
@@ -82,7 +84,7 @@ def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _int_mm(_row_major(a), _row_major(b))[: a.shape[0], : b.shape[0]]
+    return int_mm(_row_major(a), _row_major(b))[: a.shape[0], : b.shape[0]]
 
 
 def _row_major(codes: torch.Tensor) -> torch.Tensor:
@@ -100,9 +102,4 @@ def _cublas_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     more_k, more_n = torch.sym_max(8 - k, -k % 8), torch.sym_max(8 - n, -n % 8)
     a = pad(a, (0, more_k, 0, torch.sym_max(17 - m, 0)))
     b = pad(b, (0, more_k, 0, more_n))
-    return _int_mm(a, b)[:m, :n]
-
-
-def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch._int_mm(a, b.t())
-    return product
+    return int_mm(a, b)[:m, :n]

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export.pt2_archive._package import load_pt2
 
 import int8compile
 import int8compile.ops  # registers the operators that programs call
@@ -42,9 +41,11 @@ from int8compile.graph.capture import copied_graph
 from int8compile.native import providers
 from int8compile.programs import tensor_records
 from int8compile.programs.archive_files import archive_file
-from int8compile.programs.model_json import check_model, check_payload, parse
+from int8compile.programs.json_values import parse
+from int8compile.programs.model_json import check_model, check_payload
 from int8compile.programs.records import Records
 from int8compile.programs.saved_inputs import described, zeros
+from int8compile.torch_internals.files import load_pt2
 
 FORMAT_VERSION = 3
 

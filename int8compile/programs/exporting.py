@@ -35,6 +35,8 @@ from int8compile.native import providers
 from int8compile.programs.training_mode import modules_in_training
 from int8compile.report import GraphReport, Report
 from int8compile.torch_internals.dynamo import fake_mode_of
+from int8compile.torch_internals.modules import uncompiled
+from int8compile.torch_internals.tensors import storage_key
 from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 from int8compile.weights.store import WeightStore
 
@@ -129,7 +131,7 @@ def _exported(model: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> torch.
             raise ExportError(
                 f"export(model, ...): {name} is on the meta device, without values; load the weights first"
             )
-    original = getattr(model, "_orig_mod", model)  # of a module that torch.compile wrapped
+    original = uncompiled(model)
     training = modules_in_training(original)
     if training:
         more = f" and {len(training) - 5} more" if len(training) > 5 else ""
@@ -184,7 +186,7 @@ def _identity(value: torch.Tensor) -> object:
     """Equal for tensors that are one and the same memory, seen the same way: tied weights."""
     if value.layout is not torch.strided or value.numel() == 0:
         return id(value)
-    return value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype
+    return storage_key(value), value.storage_offset(), value.shape, value.stride(), value.dtype
 
 
 def _assemble(

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._export.serde import schema
-from torch._export.serde.serialize import deserialize_scalar_type
 
 from int8compile.programs.records import Records
+from int8compile.torch_internals.files import dtype_of
+from int8compile.torch_internals.tensors import storage_key
 
 _PATH = re.compile(r"(weight|tensor)_\d+")
 _STRIDED = 7  # as torch numbers layouts in its files
@@ -49,7 +49,7 @@ def check(config: Mapping[str, Any], folder: str, records: Records) -> set[str]:
             raise records.damaged(f"{name} has another dtype or device than what lies in the same memory")
         reach[record] = max(reach.get(record, 0), _extent(sizes, strides, offset))
     for record, elements in reach.items():
-        size = elements * _dtype(kinds[record][0]).itemsize
+        size = elements * dtype_of(kinds[record][0]).itemsize
         if records[record].size != size:
             raise records.damaged(f"{record} has {records[record].size} bytes, and its tensors need {size}")
     return set(reach)
@@ -78,7 +78,7 @@ def without_gaps(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """
     sharing: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        sharing.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+        sharing.setdefault(storage_key(tensor), []).append(name)
     found = dict(tensors)
     for names in sharing.values():
         of_one_dtype: dict[torch.dtype, list[str]] = {}
@@ -115,13 +115,6 @@ def _extent(sizes: Any, strides: Any, offset: int) -> int:
     if 0 in sizes:
         return 0
     return int(offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1)
-
-
-def _dtype(number: int) -> torch.dtype:
-    try:
-        return deserialize_scalar_type(schema.ScalarType(number))
-    except KeyError:
-        raise ValueError(f"no dtype has the number {number}") from None
 
 
 def _whole(size: Mapping[str, Any]) -> int:

@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
+
+from int8compile.torch_internals import modules
 
 _OF_PYTORCH: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
-    (_InstanceNorm, lambda module: module.track_running_stats),  # before batch norms, which these are by class
-    (_BatchNorm, lambda module: module.running_mean is not None or module.track_running_stats),
-    (_DropoutNd, lambda module: module.p > 0),
+    (modules.InstanceNorm, lambda module: module.track_running_stats),  # before batch norms, which these are by class
+    (modules.BatchNorm, lambda module: module.running_mean is not None or module.track_running_stats),
+    (modules.Dropout, lambda module: module.p > 0),
     (nn.RReLU, lambda module: module.lower != module.upper),
     (nn.MultiheadAttention, lambda module: module.dropout > 0),
     (nn.RNNBase, lambda module: module.dropout > 0 and module.num_layers > 1),

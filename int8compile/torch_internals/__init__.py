@@ -4,6 +4,9 @@
 ``inductor``   the hand-off to inductor
 ``aot``        AOTInductor's packages
 ``operators``  the schemas behind a graph's calls, and what a call does when it runs on fakes
+``graphs``     calls that Dynamo and FX write into graphs, and what they keep on a graph beside its nodes
+``modules``    hooks of modules, and PyTorch's families of them
+``products``   PyTorch's own product of int8 matrices
 ``tensors``    a tensor's storage, and whether it is a fake
 ``files``      the schema of torch's program files
 """

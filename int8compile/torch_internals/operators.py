@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses import FakeTensor
 from torch.jit._builtins import _find_builtin
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from int8compile.torch_internals.tensors import is_fake
 
 #: functions written in Python whose only effects are those of the operators that they call
 _PYTHON_FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._tensor", "_operator")
@@ -54,11 +55,6 @@ def _overloads(packet: object) -> tuple[OpOverload, ...]:
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls an operator that takes graphs (``cond``, activation checkpointing) or kernels."""
     return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
-
-
-def is_fake(value: object) -> TypeGuard[FakeTensor]:
-    """Whether a value is a fake of a plain tensor, not of a subclass, and not wrapped by a transform of torch.func."""
-    return type(value) is FakeTensor
 
 
 def run_on_fakes(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from int8compile.torch_internals.operators import is_fake
+from int8compile.torch_internals.tensors import is_fake, storage_key
 from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 from int8compile.weights.stamps import unchanged_from_now
 from int8compile.weights.store import Entry, WeightStore
@@ -68,7 +68,7 @@ class LiftedInputs:
         return inputs
 
     def _overlap(self, args: Sequence[torch.Tensor], storages: set[int]) -> bool:
-        return any(args[position].untyped_storage()._cdata in storages for position in self._written)
+        return any(storage_key(args[position]) in storages for position in self._written)
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
         groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.members] for lifted in self._inputs]
@@ -76,7 +76,7 @@ class LiftedInputs:
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with weights[0].fake_mode:
                 return [tensor for group in groups for tensor in Int8Weight.empty(group)]
-        storages = {weight.untyped_storage()._cdata for weight in weights}
+        storages = set(map(storage_key, weights))
         if self._overlap(args, storages):
             return None
         unchanged = unchanged_from_now(weights)  # first: a change from here on is then seen

@@ -16,8 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from int8compile.native import loader
-
-_expired = torch.UntypedStorage._expired
+from int8compile.torch_internals.tensors import storage_expired, storage_key
 
 _SAMPLES, _SAMPLE_BYTES = 2, 64
 
@@ -48,12 +47,12 @@ class Stamp:
         if self.ref() is not weight:
             return False
         if self.released:
-            return bool(weight.untyped_storage()._cdata == self.storage.cdata)
+            return bool(storage_key(weight) == self.storage.cdata)
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
             and _form(weight) == self.form
-            and not _expired(self.storage.cdata)
+            and not storage_expired(self.storage.cdata)
             and _sample(weight) == self.sample
         )
 

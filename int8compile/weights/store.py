@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from int8compile.torch_internals.tensors import storage_key
 from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 from int8compile.weights.stamps import Stamp
 
@@ -98,7 +99,7 @@ class WeightStore:
         """Bytes held, each storage counted once."""
         with self._lock:
             tensors = [t for entry in self._entries.values() for t in entry.int8_weight]
-            return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+            return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -42,6 +42,7 @@ from torch.utils import _pytree as pytree
 from int8compile.graph.dump import meta_value
 from int8compile.passes.analysis.arguments import bind
 from int8compile.torch_internals.operators import is_higher_order, overloads_of, run_on_fakes
+from int8compile.torch_internals.tensors import storage_key, wraps_tensors
 
 #: memory that may be any other
 ANY = "any"
@@ -207,9 +208,9 @@ def storage_of(tensor: torch.Tensor) -> int | None:
 
     A subclass that wraps other tensors (DTensor) has a storage of its own, which is not where its values are.
     """
-    plain = torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor) is False
+    plain = not wraps_tensors(tensor)
     try:
-        return int(tensor.untyped_storage()._cdata) if plain and tensor.layout is torch.strided else None
+        return storage_key(tensor) if plain and tensor.layout is torch.strided else None
     except (NotImplementedError, RuntimeError):  # a tensor that torch.func's transforms wrap, a nested one
         return None
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from int8compile.torch_internals.graphs import FUSED_ATTENTION, FUSED_ENCODER_LAYER
+
 
 def _attention(
     query: torch.Tensor,
@@ -101,6 +103,6 @@ def _encoder_layer(
 #: calls that Dynamo puts into the graph whole, with the weights of several linears as arguments -> what they compute
 FUSED: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.multi_head_attention_forward: functional.multi_head_attention_forward,
-    torch._native_multi_head_attention: _attention,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    FUSED_ATTENTION: _attention,
+    FUSED_ENCODER_LAYER: _encoder_layer,
 }

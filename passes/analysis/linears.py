@@ -14,7 +14,7 @@ from int8compile.graph.dump import meta_tensor
 
 aten = torch.ops.aten
 
-_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
+_LINEAR = {torch.nn.functional.linear, aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm", "__matmul__"}
 _ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}

@@ -6,8 +6,7 @@ import torch
 from torch import fx
 
 from int8compile.graph.dump import meta_value
-
-_SET_GRAD = torch._C._set_grad_enabled
+from int8compile.torch_internals.graphs import SET_GRAD_ENABLED
 
 
 def regions(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, tuple[int, bool]]:
@@ -19,7 +18,7 @@ def regions(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, tuple[int, boo
     result: dict[fx.Node, tuple[int, bool]] = {}
     region = 0
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is _SET_GRAD:
+        if node.op == "call_function" and node.target is SET_GRAD_ENABLED:
             region, grad_enabled = region + 1, bool(node.args[0])
         elif node.op == "call_function" and meta_value(node) is None and not _is_known_pure(node):
             region += 1

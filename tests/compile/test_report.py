@@ -1,8 +1,10 @@
 """Reports tell the truth: every linear, every graph, every break, and the bytes."""
 
+import io
 import json
 
 import pytest
+import rich.console
 import torch
 from compiling import compile_eager
 from torch import nn
@@ -162,3 +164,63 @@ def test_skip_patterns_that_name_nothing_are_told(caplog):
     with torch.no_grad():
         compile_eager(Stack(), llm_int8_skip_modules=["zzz"])(X)
     assert "llm_int8_skip_modules that name no linear: zzz" in caplog.text
+
+
+def shown(report: Report, width: int, **options) -> list[str]:
+    """The lines of the table, and of what is said above it."""
+    text = io.StringIO()
+    rich.console.Console(file=text, width=width, color_system=None, **options).print(report)
+    lines = text.getvalue().split("\n")
+    return lines[: next(i for i, line in enumerate(lines) if "linears" in line)]
+
+
+def report_of(*paths: str, reason: Reason = Reason.REWRITTEN) -> Report:
+    sites = [Site(path, 576, 1536, "bfloat16", reason) for path in paths]
+    head = Site("lm_head", 576, 49152, "bfloat16", Reason.OUTPUT_EMBEDDING)
+    return Report([GraphReport("0/0", "reference (cpu)", [*sites, head])])
+
+
+LLAMA = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(3)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+]
+
+
+@pytest.mark.parametrize("soft_wrap", [False, True])
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_names_are_whole_in_terminals_of_all_widths(width, soft_wrap):
+    report = report_of(*LLAMA)
+    lines = shown(report, width, soft_wrap=soft_wrap)
+    assert max(map(len, lines)) <= width
+    dots = "…" if width == 80 else "model.layers.*."
+    assert (lines[0].strip() == "… stands for model.layers.*.") == (width == 80)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert sum(f" {dots}{name} " in line for line in lines) == 1
+    assert any(" lm_head " in line and line.endswith(" float: OUTPUT_EMBEDDING ") for line in lines)
+    assert report.to_dict()["sites"][0]["path"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_longer_names_are_cut_after_dots_and_only_those_of_one_word_elsewhere():
+    path = "model.vision_tower.encoder_of_pictures.layers.3.self_attention.output_projection_of_all_heads"
+    lines = shown(report_of(*LLAMA, path), 80)
+    assert max(map(len, lines)) <= 80
+    first = next(i for i, line in enumerate(lines) if "vision_tower" in line)
+    names = [line.split()[0] for line in lines[first:] if line[1:2].strip()]
+    assert names[-1] == "lm_head"
+    assert "".join(names[:-1]) == path.replace(".3.", ".*.")
+    assert all(name.endswith(".") for name in names[:-2])
+    word = "x" * 300
+    lines = shown(report_of(*LLAMA, word, reason=Reason.SKIPPED), 80)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("x") for line in lines) == len(word) + 7  # of "576 x 1536" and the like, and of "K x N"
+
+
+def test_what_stands_for_a_prefix_can_be_written_in_ascii():
+    class Ascii(io.StringIO):
+        encoding = "ascii"
+
+    text = Ascii()
+    rich.console.Console(file=text, width=80, color_system=None).print(report_of(*LLAMA))
+    assert text.getvalue().startswith("... stands for model.layers.*.")
+    assert text.getvalue().isascii()

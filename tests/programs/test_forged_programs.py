@@ -10,7 +10,8 @@ from torch import nn
 
 import int8compile
 from int8compile.errors import ExportError, ProgramFileError
-from int8compile.programs.model_json import NotWrittenError, check_model
+from int8compile.programs.json_values import NotWrittenError
+from int8compile.programs.model_json import check_model
 from int8compile.programs.size_expressions import is_size_expression
 
 

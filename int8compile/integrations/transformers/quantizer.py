@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import re
 import sys
@@ -304,7 +303,7 @@ def _tell_peft() -> None:
     """Who has imported PEFT before the model was loaded need not import our part of it."""
     if "peft" in sys.modules:
         try:
-            importlib.import_module("int8compile.integrations.peft")
+            from int8compile.integrations import peft  # noqa: F401 (which registers it)
         except (ImportError, AttributeError) as error:
             log.info("int8: this peft cannot adapt Int8Linear (%s)", error)
 

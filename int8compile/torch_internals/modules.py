@@ -1,0 +1,33 @@
+"""What ``nn.Module`` keeps of hooks, the modules that ``torch.compile`` makes, and PyTorch's families of modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+
+__all__ = ["BatchNorm", "Dropout", "InstanceNorm", "share_hooks", "uncompiled"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of another. Both have the same from then on, so a handle removes one from either."""
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
+
+
+def uncompiled(model: Any) -> Any:
+    """The module or function that ``torch.compile`` has wrapped; anything else as it is."""
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
