@@ -18,6 +18,7 @@ from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.hooks import transformers_integration
 from int8compile.limits import SMALLEST_THRESHOLD
 
+#: the passes in the order they run; ``passes/__init__.py`` makes its PIPELINE of them
 PASS_NAMES = ("expand", "group_heads", "normalize", "quantize", "merge", "share", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")

@@ -34,14 +34,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from int8compile.backend import rewrite as rewrite_dynamo_graph
-from int8compile.config import Int8Config
+from int8compile.config import PASS_NAMES, Int8Config
 from int8compile.errors import CaptureError
 from int8compile.explanation import explain
 from int8compile.graph.capture import Capture, mark_constant_as
 from int8compile.graph.dump import DUMP_VERSION, dump, target_name
 from int8compile.native.providers import choose_provider
 from int8compile.passes import PIPELINE, PassContext, run
-from int8compile.passes.runner import Pass
 from int8compile.report import Reason, folded
 from int8compile.torch_internals.tensors import new_fake_mode
 
@@ -212,9 +211,7 @@ def rewrite(
     if edit is not None:
         edit(captured)
     context = PassContext(captured, Int8Config.make(config), grad_enabled=grad)
-    names = [p.__name__ for p in PIPELINE]
-    passes: tuple[Pass, ...] = PIPELINE[: names.index(upto) + 1] if upto else PIPELINE
-    run(passes, context)
+    run(PIPELINE[: PASS_NAMES.index(upto) + 1] if upto else PIPELINE, context)
     return captured, context
 
 

@@ -11,17 +11,19 @@
 A pass only rewrites: removing what became dead, linting, timing and logging are the runner's (``runner.py``).
 """
 
+from int8compile.config import PASS_NAMES
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import expand
 from int8compile.passes.group_heads import group_heads
 from int8compile.passes.merge import merge
 from int8compile.passes.normalize import normalize
 from int8compile.passes.quantize import quantize
-from int8compile.passes.runner import run
+from int8compile.passes.runner import Pass, run
 from int8compile.passes.share import share
 from int8compile.passes.verify import verify
 
-PIPELINE = (expand, group_heads, normalize, quantize, merge, share, verify)
+#: the functions above, in the order of their names, which is written down where the options are
+PIPELINE: tuple[Pass, ...] = tuple(globals()[name] for name in PASS_NAMES)
 
 __all__ = [
     "PIPELINE",

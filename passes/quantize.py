@@ -1,8 +1,8 @@
 """quantize: decide, linear by linear, and say why.
 
-    aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, policy)
+    aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, outlier_policy)
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case
-    aten.linear(x, w, b)           ->  int8compile.master_linear(x, w, b, threshold, policy), if weights are to train
+    aten.linear(x, w, b)           ->  int8compile.master_linear(x, w, b, ...), if weights are to train
 
 ``w_int8`` and ``w_scale`` are lifted inputs, or rows of such where ``w`` is rows of a parameter. What stays float
 keeps its node, and its Site says for which Reason. So does a call of ``int8compile.linear`` that was in the user's

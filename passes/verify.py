@@ -1,8 +1,8 @@
 """verify: the rewritten graph obeys our rules. A breach is our bug and raises VerifyError with the graph's text.
 
 The rules: every int8 call agrees with its operator's fake in shape and dtype; lifted int8 weights are read with their
-own scales; no float weight is left that only a rewritten site used; no lifted input is unused; nothing we
-inserted is dead.
+own scales; no float weight is left that only a rewritten site used; no lifted input is unused; no int8 call is dead but
+those of the user's own that nothing read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """What passes ask about a graph before they change it.
 
-``effects``  which memory each node reads, writes and hands on
-``regions``  under which switches (gradients, autocast, transforms of torch.func) each node stands
+``effects``    which memory each node reads, writes and hands on
+``regions``    under which switches (gradients, autocast, transforms of torch.func) each node stands
+``arguments``  a call's arguments by the names in its operator's schema
+``linears``    which nodes compute a linear, in every form there is
+``fused``      PyTorch's fused attention calls, and what they compute
+``slices``     which weights are rows of a parameter
+``readers``    which int8 linears read one activation
+``sites``      what the report says of each linear
 """
 
 from int8compile.passes.analysis.effects import Effects

@@ -129,3 +129,13 @@ def test_a_fused_call_whose_output_nothing_reads_is_left_and_reported():
     with torch.no_grad():
         assert torch.equal(compile_eager(model)(x), model(x))
     assert {site.reason.name for site in last_report().sites} == {"FUSED"}
+
+
+def test_an_unread_linear_is_reported_whatever_its_weight():
+    model = Calls(lambda m, x: (F.linear(x, m.vector), F.linear(x, m.w1))[1])
+    model.vector = nn.Parameter(torch.ones(3), requires_grad=False)
+    sites = list(rewrite(model, X)[1].sites.values())
+    assert [(s.path, s.in_features, s.out_features, s.reason.name) for s in sites] == [
+        ("vector", 3, 0, "UNREAD"),
+        ("w1", 3, 4, "REWRITTEN"),
+    ]
