@@ -322,6 +322,4 @@ def _use(found: Found, config: Int8Config) -> WeightUse:
 
 def _graph_report(found: list[Found], provider: str, config: Int8Config) -> GraphReport:
     sites, uses = [f.site for f in found], [_use(f, config) for f in found]
-    patterns = config.llm_int8_skip_modules
-    unmatched = tuple(p for p in patterns if not any(selection.names(p, site.path) for site in sites))
-    return GraphReport("", provider, sites, uses, unmatched=unmatched)
+    return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites))

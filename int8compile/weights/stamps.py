@@ -1,9 +1,9 @@
 """What a float weight looked like when it was quantised, which tells whether its int8 form still holds.
 
-It does as long as the weight is the same object with the same version counter, data pointer and (living) storage. Some
-writes bump no version counter: ``weight.data.copy_()`` as EMA copies have it, ``weight.data += delta`` as merged
-adapters do, fused optimisers, anything to a tensor made in inference mode. They touch the whole weight, so a few of its
-bytes are compared too, where reading them costs nothing (on CPUs).
+It does as long as the weight is the same object with the same version counter, data pointer, shape, strides, dtype and
+(living) storage. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies have it,
+``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode. They
+touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stamp:
         on_death: called when the weight is gone.
     """
 
-    __slots__ = ("pointer", "ref", "released", "sample", "storage", "version")
+    __slots__ = ("form", "pointer", "ref", "released", "sample", "storage", "version")
 
     def __init__(self, weight: torch.Tensor, on_death: Callable[[], None] | None = None) -> None:
         self.ref = weakref.ref(weight, None if on_death is None else lambda _: on_death())
@@ -38,6 +38,7 @@ class Stamp:
         # Inference tensors have no version counter.
         self.version = None if weight.is_inference() else weight._version
         self.pointer = weight.data_ptr()
+        self.form = _form(weight)
         # Memory freed and allocated anew can have the same address; the storage it was is then expired.
         self.storage = StorageWeakRef(weight.untyped_storage())
         self.released = False  # set by who frees the storage: its bytes cannot be looked at any more
@@ -51,6 +52,7 @@ class Stamp:
         return (
             (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
+            and _form(weight) == self.form
             and not _expired(self.storage.cdata)
             and _sample(weight) == self.sample
         )
@@ -71,6 +73,11 @@ def unchanged_from_now(weights: list[torch.Tensor]) -> Callable[[list[torch.Tens
         return all(stamp.matches(weight) for stamp, weight in zip(stamps, weights, strict=True))
 
     return unchanged
+
+
+def _form(weight: torch.Tensor) -> tuple[object, ...]:
+    """How a weight's memory is read: ``weight.data = weight.data.t()`` changes nothing else."""
+    return weight.dtype, weight.shape, weight.stride()
 
 
 def _sample(weight: torch.Tensor) -> bytes:
