@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from int8compile import selection
-from int8compile.graph.capture import FloatWeight, is_constant
+from int8compile.graph.capture import FloatInput, is_constant
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
@@ -67,9 +67,9 @@ def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.
     """The int8 form of a weight and its scales."""
     rows = rows_of_constant(weight)
     if rows is None:
-        lifted = context.capture.lift((FloatWeight(*resolve_transposes(weight)),))
+        lifted = context.capture.lift((FloatInput(*resolve_transposes(weight)),))
         return lifted.weight, lifted.weight_scale
-    lifted = context.capture.lift((FloatWeight(rows.root, transposed=False),))
+    lifted = context.capture.lift((FloatInput(rows.root, transposed=False),))
     return rows.of(lifted.weight, before, context), rows.of(lifted.weight_scale, before, context)
 
 

@@ -24,7 +24,7 @@ from int8compile.graph.dump import meta_tensor
 from int8compile.torch_internals.graphs import empty_like, set_source, source_of
 
 
-class FloatWeight(NamedTuple):
+class FloatInput(NamedTuple):
     """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``."""
 
     placeholder: fx.Node
@@ -40,7 +40,7 @@ class LiftedWeight:
         weight, weight_scale: placeholders of int8 [sum of N, K] and fp32 [sum of N].
     """
 
-    sources: tuple[FloatWeight, ...]
+    sources: tuple[FloatInput, ...]
     weight: fx.Node
     weight_scale: fx.Node
 
@@ -62,13 +62,13 @@ class Capture:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self.examples = dict(zip(placeholders, example_inputs, strict=True))
         self.position = {node: i for i, node in enumerate(placeholders)}
-        self.lifted: dict[tuple[FloatWeight, ...], LiftedWeight] = {}
+        self.lifted: dict[tuple[FloatInput, ...], LiftedWeight] = {}
 
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
-    def lift(self, sources: tuple[FloatWeight, ...]) -> LiftedWeight:
+    def lift(self, sources: tuple[FloatInput, ...]) -> LiftedWeight:
         """The lifted int8 form of these float weights, made on first request."""
         if sources in self.lifted:
             return self.lifted[sources]

@@ -70,8 +70,8 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
             raise ValueError(f"NaN or Inf in the weights merged with {', '.join(names)}; nothing was merged")
         if self._unmerged is None:
             before = None if base.bias is None else base.bias.detach().clone()
-            self._unmerged = Int8Weight(base.weight, base.weight_scale), before
-        base.set_int8_weight(Int8Weight.quantize(weight))
+            self._unmerged = base.int8_weight, before
+        base.int8_weight = Int8Weight.quantize(weight)
         if bias is not None:
             base.bias.data = bias
         self.merged_adapters += names
@@ -82,7 +82,7 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base, (before, bias) = self.get_base_layer(), self._unmerged
-        base.set_int8_weight(Int8Weight(*(tensor.to(base.weight.device) for tensor in before)))
+        base.int8_weight = Int8Weight(*(tensor.to(base.weight.device) for tensor in before))
         if bias is not None:
             base.bias.data = bias.to(base.bias)
         self._unmerged = None

@@ -95,11 +95,16 @@ class Int8Linear(nn.Module):
         )
         self.float_type = type(module)
         self.bias = module.bias  # type: ignore[assignment]
-        self.set_int8_weight(int8_weight or Int8Weight.quantize(weight, transposed))
+        self.int8_weight = int8_weight or Int8Weight.quantize(weight, transposed)
         return self.train(module.training)
 
-    def set_int8_weight(self, int8_weight: Int8Weight) -> None:
-        """Take another int8 weight [N, K] and scale [N]; they are not copied."""
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The int8 weight [N, K] and its scale [N]; another one is taken as it is, not copied."""
+        return Int8Weight(self.weight, self.weight_scale)
+
+    @int8_weight.setter
+    def int8_weight(self, int8_weight: Int8Weight) -> None:
         self.weight, self.weight_scale = int8_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +115,7 @@ class Int8Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
-        return Int8Weight(self.weight, self.weight_scale).dequantize(dtype or self.float_dtype)
+        return self.int8_weight.dequantize(dtype or self.float_dtype)
 
     @property
     def stored_transposed(self) -> bool:
@@ -122,8 +127,7 @@ class Int8Linear(nn.Module):
         if self.stored_transposed:
             with torch.device("meta"):
                 module = self.float_type(self.out_features, self.in_features)
-            int8_weight = Int8Weight(self.weight, self.weight_scale)
-            weight = int8_weight.dequantize(dtype or self.float_dtype, transposed=True)
+            weight = self.int8_weight.dequantize(dtype or self.float_dtype, transposed=True)
         else:
             module = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
             weight = self.dequantize(dtype)

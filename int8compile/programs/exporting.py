@@ -236,8 +236,8 @@ def _int8_weights(captured: Capture, taken: Mapping[str, object]) -> Iterator[tu
     """Each lifted weight with the name of its buffers and their values."""
     store = WeightStore()
     for lifted in captured.lifted.values():
-        members = [FloatWeight(captured.examples[node], transposed) for node, transposed in lifted.sources]
-        yield lifted, _buffer_name(lifted, taken), store.resolve(members)
+        sources = [FloatWeight(captured.examples[node], transposed) for node, transposed in lifted.sources]
+        yield lifted, _buffer_name(lifted, taken), store.resolve(sources)
 
 
 def _output_specs(program: torch.export.ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:

@@ -38,16 +38,16 @@ class Int8Weight(NamedTuple):
     @classmethod
     def quantize(cls, tensor: torch.Tensor, transposed: bool = False) -> Int8Weight:
         """That of a float weight [N, K] ([K, N] if ``transposed``), held by the caller and not by the store."""
-        member = FloatWeight(tensor, transposed)
-        made = cls.empty([member])
-        made.fill(member)
+        source = FloatWeight(tensor, transposed)
+        made = cls.empty([source])
+        made.fill(source)
         return made
 
     @classmethod
-    def empty(cls, members: Sequence[FloatWeight]) -> Int8Weight:
+    def empty(cls, sources: Sequence[FloatWeight]) -> Int8Weight:
         """Memory for the rows of float weights of the same K, one below the other, on the device of the first."""
-        rows, columns = sum(member.rows for member in members), members[0].columns
-        device = members[0].tensor.device
+        rows, columns = sum(source.rows for source in sources), sources[0].columns
+        device = sources[0].tensor.device
         # Made outside inference mode, so that a later call with gradients can save them for backward.
         with torch.inference_mode(False):
             return cls(
@@ -59,11 +59,11 @@ class Int8Weight(NamedTuple):
         """Some of the rows, as views."""
         return Int8Weight(self.weight[start : start + count], self.weight_scale[start : start + count])
 
-    def fill(self, member: FloatWeight) -> None:
+    def fill(self, source: FloatWeight) -> None:
         """Quantise a float weight of as many rows into this memory."""
         with torch.no_grad():
-            tensor = member.tensor.detach()
-            tensor = tensor.t() if member.transposed else tensor
+            tensor = source.tensor.detach()
+            tensor = tensor.t() if source.transposed else tensor
             step = max(1, _CHUNK // max(1, tensor.shape[1]))
             for start in range(0, tensor.shape[0], step):
                 codes, weight_scale = quantize_weight(tensor[start : start + step])

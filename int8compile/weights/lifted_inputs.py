@@ -24,11 +24,11 @@ class LiftedInput(NamedTuple):
     """An int8 weight that a compiled graph takes: which of the graph's arguments it is made of.
 
     Args:
-        members: position of each float weight, and whether it is stored [K, N].
+        sources: position of each float weight, and whether it is stored [K, N].
         release: called with each of them once the int8 form exists, to free its storage.
     """
 
-    members: tuple[tuple[int, bool], ...]
+    sources: tuple[tuple[int, bool], ...]
     release: Callable[[torch.Tensor], None] | None = None
 
 
@@ -44,7 +44,7 @@ class LiftedInputs:
 
     def __init__(self, store: WeightStore, inputs: Sequence[LiftedInput], written: Sequence[int] = ()) -> None:
         self._store, self._inputs, self._written = store, inputs, written
-        self._positions = sorted({position for lifted in inputs for position, _ in lifted.members})
+        self._positions = sorted({position for lifted in inputs for position, _ in lifted.sources})
         # Of the last call: whether weights are what they were, the entries, and the weights' storages.
         self._last: tuple[_Unchanged, list[weakref.ref[Entry]], set[int]] | None = None
 
@@ -71,7 +71,7 @@ class LiftedInputs:
         return any(storage_key(args[position]) in storages for position in self._written)
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.members] for lifted in self._inputs]
+        groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.sources] for lifted in self._inputs]
         if is_fake(weights[0]):
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with weights[0].fake_mode:

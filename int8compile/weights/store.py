@@ -31,10 +31,10 @@ class Entry:
     stamps: tuple[Stamp, ...]
     release_done: bool = False
 
-    def matches(self, members: Sequence[FloatWeight]) -> bool:
+    def matches(self, sources: Sequence[FloatWeight]) -> bool:
         """Whether these are the same float weights, unchanged."""
-        for stamp, member in zip(self.stamps, members, strict=True):  # noqa: SIM110 (all() is slower, each call)
-            if not stamp.matches(member.tensor):
+        for stamp, source in zip(self.stamps, sources, strict=True):  # noqa: SIM110 (all() is slower, each call)
+            if not stamp.matches(source.tensor):
                 return False
         return True
 
@@ -47,28 +47,28 @@ class WeightStore:
         self._lock = threading.RLock()
 
     def resolve(
-        self, members: Sequence[FloatWeight], release: Callable[[torch.Tensor], None] | None = None
+        self, sources: Sequence[FloatWeight], release: Callable[[torch.Tensor], None] | None = None
     ) -> Int8Weight:
-        """The int8 form of the members' rows, one below the other: int8 [sum of N, K] and fp32 [sum of N].
+        """The int8 form of the sources' rows, one below the other: int8 [sum of N, K] and fp32 [sum of N].
 
         Args:
-            members: float weights of the same K.
+            sources: float weights of the same K.
             release: called with each weight once its int8 form exists, to free its storage.
         """
-        return self.entry(members, release).int8_weight
+        return self.entry(sources, release).int8_weight
 
-    def entry(self, members: Sequence[FloatWeight], release: Callable[[torch.Tensor], None] | None = None) -> Entry:
+    def entry(self, sources: Sequence[FloatWeight], release: Callable[[torch.Tensor], None] | None = None) -> Entry:
         """``resolve``, with what tells whether the answer still holds."""
-        key = tuple((id(m.tensor), m.transposed) for m in members)
+        key = tuple((id(source.tensor), source.transposed) for source in sources)
         entry = self._entries.get(key)
-        if entry is not None and entry.matches(members) and (release is None or entry.release_done):
+        if entry is not None and entry.matches(sources) and (release is None or entry.release_done):
             return entry
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or not entry.matches(members):
-                entry = self._quantize(key, members)
+            if entry is None or not entry.matches(sources):
+                entry = self._quantize(key, sources)
             if release is not None:
-                self._release(entry, members, release)
+                self._release(entry, sources, release)
             return entry
 
     def invalidate(self, weights: Iterable[torch.Tensor]) -> None:
@@ -104,39 +104,41 @@ class WeightStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _quantize(self, key: _Key, members: Sequence[FloatWeight]) -> Entry:
-        parts = [self._known_part(m) for m in members]
-        int8_weight = Int8Weight.empty(members)
+    def _quantize(self, key: _Key, sources: Sequence[FloatWeight]) -> Entry:
+        parts = [self._known_part(source) for source in sources]
+        int8_weight = Int8Weight.empty(sources)
         start = 0
-        for member, part in zip(members, parts, strict=True):
-            target = int8_weight.rows(start, member.rows)
+        for source, part in zip(sources, parts, strict=True):
+            target = int8_weight.rows(start, source.rows)
             if part is None:
-                target.fill(member)
+                target.fill(source)
             else:
                 target.weight.copy_(part.int8_weight.weight)
                 target.weight_scale.copy_(part.int8_weight.weight_scale)
-            start += member.rows
+            start += source.rows
         stamps = tuple(
-            part.stamps[0] if part is not None else Stamp(m.tensor, self._forgetter((id(m.tensor), m.transposed)))
-            for m, part in zip(members, parts, strict=True)
+            part.stamps[0]
+            if part is not None
+            else Stamp(source.tensor, self._forgetter((id(source.tensor), source.transposed)))
+            for source, part in zip(sources, parts, strict=True)
         )
         entry = self._entries[key] = Entry(int8_weight, stamps)
-        self._make_views(key, entry, members)
+        self._make_views(key, entry, sources)
         return entry
 
-    def _known_part(self, member: FloatWeight) -> Entry | None:
-        """The member alone, if it is here and current."""
-        entry = self._entries.get(((id(member.tensor), member.transposed),))
-        return entry if entry is not None and entry.matches([member]) else None
+    def _known_part(self, source: FloatWeight) -> Entry | None:
+        """The source alone, if it is here and current."""
+        entry = self._entries.get(((id(source.tensor), source.transposed),))
+        return entry if entry is not None and entry.matches([source]) else None
 
-    def _make_views(self, key: _Key, entry: Entry, members: Sequence[FloatWeight]) -> None:
-        """Point each member's own entry at its rows of the merged matrix, so that nothing is held twice."""
-        if len(members) == 1:
+    def _make_views(self, key: _Key, entry: Entry, sources: Sequence[FloatWeight]) -> None:
+        """Point each source's own entry at its rows of the merged matrix, so that nothing is held twice."""
+        if len(sources) == 1:
             return
         start = 0
-        for part, stamp, member in zip(key, entry.stamps, members, strict=True):
-            self._entries[(part,)] = Entry(entry.int8_weight.rows(start, member.rows), (stamp,))
-            start += member.rows
+        for part, stamp, source in zip(key, entry.stamps, sources, strict=True):
+            self._entries[(part,)] = Entry(entry.int8_weight.rows(start, source.rows), (stamp,))
+            start += source.rows
 
     def _forgetter(self, part: tuple[int, bool]) -> Callable[[], None]:
         store = weakref.ref(self)
@@ -150,10 +152,10 @@ class WeightStore:
 
         return forget
 
-    def _release(self, entry: Entry, members: Sequence[FloatWeight], release: Callable[[torch.Tensor], None]) -> None:
-        for stamp, member in zip(entry.stamps, members, strict=True):
-            if not stamp.released and owns_storage(member.tensor):
-                release(member.tensor)
+    def _release(self, entry: Entry, sources: Sequence[FloatWeight], release: Callable[[torch.Tensor], None]) -> None:
+        for stamp, source in zip(entry.stamps, sources, strict=True):
+            if not stamp.released and owns_storage(source.tensor):
+                release(source.tensor)
                 stamp.released = True
         entry.release_done = True
 

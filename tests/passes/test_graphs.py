@@ -12,7 +12,7 @@ from torch import nn
 from tracing import rewrite
 
 from int8compile.errors import VerifyError
-from int8compile.graph.capture import FloatWeight, mark_constant_as
+from int8compile.graph.capture import FloatInput, mark_constant_as
 from int8compile.ops import linear
 from int8compile.passes import verify
 
@@ -35,7 +35,7 @@ class TestVerify:
                 mark_constant_as(graph.placeholder("left"), "left")
             lifted = next(iter(captured.lifted.values()))
             left = next(n for n in graph.nodes if n.name == "left")
-            captured.lifted[lifted.sources] = dataclasses.replace(lifted, sources=(FloatWeight(left, False),))
+            captured.lifted[lifted.sources] = dataclasses.replace(lifted, sources=(FloatInput(left, False),))
 
         for breach, message in (
             (dead, "is dead"),
