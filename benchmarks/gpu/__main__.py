@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --out gpu-results
     python -m benchmarks.gpu --dry-run --out /tmp/gpu     # tiny sizes, on the CPU: does the script itself work?
 
-Builds; checks the results against float64, in every kernel; replays CUDA graphs with other outliers than they were
-captured with; runs compute-sanitizer; and only then times linears and a model of Llama-3.1-8B's shape against bf16,
+Builds; runs ``tests/kernels/test_gpu.py``, which checks every kernel against float64, replays CUDA graphs with other
+outliers and runs compute-sanitizer; and only then times linears and a model of Llama-3.1-8B's shape against bf16,
 ``torch._int_mm``, torchao and bitsandbytes. Each section is a process of its own with a time limit: what fails, hangs,
 or loses its CUDA context takes nothing else with it. Results are written after every section: results.json, table.txt
 and speedup.png.
@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.gpu import checks, model, report, times
-from benchmarks.gpu.checks import Run
+from benchmarks.gpu.section import Run, build
 
 
 class Section(NamedTuple):
@@ -38,7 +38,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "build": Section(checks.build, 210),  # nearly all of it only if the proof of the wgmma kernels hangs
+    "build": Section(build, 210),  # nearly all of it only if the proof of the wgmma kernels hangs
     "correctness": Section(checks.correctness, 80),
     "graphs": Section(checks.graphs, 50),
     "streams": Section(checks.streams, 30),
@@ -59,7 +59,7 @@ def main(
     """Check the CUDA kernels, then time them."""
     names = [name for name in (only or ",".join(SECTIONS)).split(",") if name]
     for name in [*names, *([section] if section else [])]:
-        if name not in SECTIONS and name != "sanitized":
+        if name not in SECTIONS:
             raise typer.BadParameter(f"{name!r}; expected some of {', '.join(SECTIONS)}", param_hint="--only")
     out.mkdir(parents=True, exist_ok=True)
     if section:
@@ -107,9 +107,8 @@ def _run_apart(name: str, out: Path, dry_run: bool, seconds: float) -> dict[str,
 
 
 def _run_here(name: str, run: Run) -> None:
-    function = checks.sanitized if name == "sanitized" else SECTIONS[name].run
     try:
-        result = function(run)
+        result = SECTIONS[name].run(run)
     except Exception:
         traceback.print_exc()
         raise typer.Exit(1) from None

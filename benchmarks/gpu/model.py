@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu.checks import THRESHOLD, Run, load
+from benchmarks.gpu.section import Run
 from benchmarks.gpu.times import Call, microseconds
+from tests.helpers.gpu import THRESHOLD, load
 
 #: width, heads, key-value heads, feed-forward width, layers, vocabulary
 LLAMA = (4096, 32, 8, 14336, 32, 128256)
@@ -102,7 +103,7 @@ class Llama(nn.Module):
 
 def model(run: Run) -> dict[str, Any]:
     """Milliseconds of a decoded token at batch 1, 8 and 32, and of a prompt of 2048 tokens."""
-    load(run)
+    load(run.device)
     sizes = TINY if run.dry_run else LLAMA
     steps = {"prompt": (1, 16 if run.dry_run else 2048, False)}
     steps |= {f"decode, batch {batch}": (batch, 1, True) for batch in ((1, 2) if run.dry_run else (1, 8, 32))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,6 @@ def problems(results: dict[str, Any]) -> list[str]:
         found += [f"{name}: {failure}" for failure in result.get("failures", [])[:10]]
         if result.get("complete") is False:
             found.append(f"{name}: ran out of time before its end")
-        if name == "sanitizer":
-            found += [
-                f"{tool}: {text}"
-                for tool, text in result.items()
-                if tool in ("memcheck", "racecheck") and not re.search(r"SUMMARY: 0 (errors|hazards)", text)
-            ]
     return found
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.checks import THRESHOLD, Run, forced, linear, load, problem, wgmma_is_used
+from benchmarks.gpu.section import Run
+from tests.helpers.gpu import THRESHOLD, forced, kernels, linear, load, problem
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # K, N
 ROWS = (1, 8, 64, 512, 4096)
@@ -91,14 +92,14 @@ def copy_bandwidth(run: Run) -> float:
 
 
 def _ours(run: Run, m: int, n: int, k: int, outliers: int) -> list[Call]:
-    x, weight, scale, _ = problem(run, m, n, k, torch.bfloat16, outliers)
+    x, weight, scale, _ = problem(run.device, m, n, k, torch.bfloat16, outliers)
     weights = [weight.clone() for _ in range(copies(run, n * k))]
     return [lambda w=w: linear(x, w, scale, None, THRESHOLD, "column") for w in weights]  # type: ignore[misc]
 
 
 def _product_alone(run: Run, m: int, n: int, k: int) -> list[Call]:
     """No quantisation, no outlier columns."""
-    x, weight, scale, _ = problem(run, m, n, k, torch.bfloat16)
+    x, weight, scale, _ = problem(run.device, m, n, k, torch.bfloat16)
     q, row_scale, _ = torch.ops.int8compile.quantize_rowwise(x, THRESHOLD)
     weights = [weight.clone() for _ in range(copies(run, n * k))]
     multiply = torch.ops.int8compile.scaled_mm
@@ -113,7 +114,7 @@ def _bf16(run: Run, m: int, n: int, k: int) -> list[Call]:
 
 def layers(run: Run) -> dict[str, Any]:
     """Ours with 0, 4 and 64 outlier columns, its parts, and bf16; and what share of bandwidth and peak that is."""
-    load(run)
+    load(run.device)
     result: dict[str, Any] = {"complete": False, "copy_bytes_per_us": copy_bandwidth(run), "cases": []}
     for k, n in shapes(run):
         for m in rows(run):
@@ -147,7 +148,7 @@ def _time(run: Run, case: dict[str, Any], name: str, prepare: Callable[[], list[
 
 
 def _quantize_time(run: Run, case: dict[str, Any]) -> None:
-    x = problem(run, case["m"], 16, case["k"], torch.bfloat16, 4)[0]
+    x = problem(run.device, case["m"], 16, case["k"], torch.bfloat16, 4)[0]
     _time(run, case, "quantise", lambda: [lambda: torch.ops.int8compile.quantize_rowwise(x, THRESHOLD)] * 4)
 
 
@@ -158,15 +159,15 @@ def _kernel_times(run: Run, case: dict[str, Any]) -> None:
     if run.dry_run or (k, n) not in (SHAPES[0], SHAPES[1]):
         return
     for name in names:
-        if name.startswith("wgmma") and not wgmma_is_used(run):
+        if name not in kernels(run.device):
             continue
-        with forced(run, name):
+        with forced(name):
             _time(run, case, f"kernel {name}", lambda: _ours(run, m, n, k, 4))
 
 
 def peers(run: Run) -> dict[str, Any]:
     """torch._int_mm with inductor around it, torchao, bitsandbytes, and Triton's templates by max-autotune."""
-    load(run)
+    load(run.device)
     result: dict[str, Any] = {"complete": False, "cases": []}
     chosen = shapes(run)[:2]
     for m, (k, n) in [(m, shape) for m in rows(run) for shape in chosen]:
@@ -190,7 +191,7 @@ def peers(run: Run) -> dict[str, Any]:
 
 def _int_mm(run: Run, m: int, n: int, k: int, options: dict[str, Any]) -> list[Call]:
     """int8 dynamic without outliers, as one writes it: quantise, ``torch._int_mm``, rescale, compiled by inductor."""
-    x, weight, scale, _ = problem(run, m, n, k, torch.bfloat16)
+    x, weight, scale, _ = problem(run.device, m, n, k, torch.bfloat16)
     padded = max(m, 17)
 
     def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -225,7 +226,7 @@ def _torchao(run: Run, m: int, n: int, k: int) -> list[Call]:
 def _bitsandbytes(run: Run, m: int, n: int, k: int) -> list[Call]:
     import bitsandbytes as bnb
 
-    x = problem(run, m, 8, k, torch.float16, 4)[0]
+    x = problem(run.device, m, 8, k, torch.float16, 4)[0]
     layers = []
     for _ in range(copies(run, n * k)):
         layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=THRESHOLD)

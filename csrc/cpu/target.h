@@ -7,7 +7,7 @@
 // Include standard headers before it: none of their inline functions may be compiled for a CPU that may not be there.
 //
 // The tests compile such files for any machine, with an <immintrin.h> of their own that is plain C++
-// (tests/emulated_isa); they define INT8COMPILE_EMULATED_ISA, and then no special target is asked for.
+// (tests/helpers/emulated_isa); they define INT8COMPILE_EMULATED_ISA, and then no special target is asked for.
 
 #pragma once
 

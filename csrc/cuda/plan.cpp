@@ -1,5 +1,5 @@
 // The dispatch table. The sizes at which one kernel takes over from another are estimates from a roofline and have not
-// been measured yet; benchmarks/gpu.py times each.
+// been measured yet; benchmarks/gpu times each.
 //
 //   M            kernel      why
 //   1..8         skinny      the weight's stream is all that counts; one kernel with quantisation in it ("fused") while

@@ -1,5 +1,5 @@
 // The GPU's instructions that C++ has no words for, each as a function. Tests replace this file by an emulation of the
-// same functions on a CPU (tests/cuda_emulation), and so run the kernels' logic where there is no GPU.
+// same functions on a CPU (tests/helpers/cuda_emulation), and so run the kernels' logic where there is no GPU.
 //
 // Fragments of the matrix instructions, with g = lane / 4 and t = lane % 4. A row of a fragment is 32 bytes of K: 32
 // int8 or 16 16-bit values.

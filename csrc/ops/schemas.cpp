@@ -1,8 +1,9 @@
 // The operators' schemas, for processes in which no Python has defined them: an AOTInductor package run from C++.
 //
 // Under Python they are int8compile/ops/*.py's, which are there before this library is loaded, and these stay unused.
-// The texts are the same, and tests/test_packaging.py compares them. Kernels may be registered before their schema is,
-// so the order of initialisation among a library's files does not matter. Of several libraries the first defines them.
+// The texts are the same, and tests/programs/test_packaging.py compares them. Kernels may be registered before their
+// schema is, so the order of initialisation among a library's files does not matter. Of several libraries the first
+// defines them.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 

@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from checkout import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import checks, report
+from benchmarks.gpu import report
 
 
 def rehearse(out: Path, only: str) -> dict:
@@ -24,9 +23,9 @@ def rehearse(out: Path, only: str) -> dict:
 
 def test_checks_run_and_report(tmp_path):
     sections = rehearse(tmp_path, "correctness,graphs")["sections"]
-    assert sections["correctness"]["result"]["checked"] == 3 * 2 * 4 * 3
+    assert sections["correctness"]["result"]["checked"] >= 6
     assert sections["correctness"]["result"]["failures"] == []
-    assert "GPU" in sections["graphs"]["result"]["skipped"]
+    assert all("GPU" in reason for reason in sections["graphs"]["result"]["skipped"])
     assert "All checks passed" in (tmp_path / "table.txt").read_text()
 
 
@@ -43,20 +42,31 @@ def test_everything_runs(tmp_path):
     assert "Llama" in text
 
 
-def test_a_wrong_output_is_seen():
-    run = checks.Run(Path(), True, 0.0)
-    checks.load(run)
-    for dtype in checks.DTYPES:
-        args = checks.problem(run, 5, 24, 64, dtype, 3)
-        out, want = checks.linear(*args, 6.0, "column"), checks.gold(*args, "column")
-        assert checks.wrong(out, want, dtype) == ""
-        off = out.clone()
-        off[2, 3] += 0.1 * out.abs().max()
-        assert "times the error" in checks.wrong(off, want, dtype)
-        off[2, 3] = float("nan")
-        assert "NaN" in checks.wrong(off, want, dtype)
-        assert "instead of" in checks.wrong(out[:1], want, dtype)
-        assert checks.wrong(out, torch.where(want == want[1, 1], float("nan"), want), dtype)
+def test_a_failure_and_too_little_time_are_in_the_results(tmp_path):
+    """Of a section's tests: what failed, what was left out and why, and whether the end was reached."""
+    tests = tmp_path / "test_three.py"
+    tests.write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 2 + 2 == 5, 'two and two'\n"
+        "def test_absent(): pytest.skip('no GPU')\n"
+    )
+    code = (
+        "import json, sys, time; from pathlib import Path; from benchmarks.gpu import checks, section\n"
+        "run = section.Run(Path(sys.argv[1]), True, time.monotonic() + float(sys.argv[2]))\n"
+        "run.save('result', checks.check(run, 'tests', sys.argv[3]))"
+    )
+    results = []
+    for seconds in (600, 0):
+        command = [sys.executable, "-c", code, str(tmp_path), str(seconds), str(tests)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        results.append(json.loads((tmp_path / "result.json").read_text()))
+    in_time, too_late = results
+    (failure,) = in_time["failures"]
+    assert failure.startswith("test_wrong: AssertionError: two and two")
+    assert (in_time["checked"], in_time["complete"]) == (1, True)
+    assert in_time["skipped"] == ["test_absent: Skipped: no GPU"]
+    assert (too_late["checked"], too_late["complete"]) == (0, False)
 
 
 def test_failures_and_missed_ends_are_problems():
@@ -65,19 +75,3 @@ def test_failures_and_missed_ends_are_problems():
     assert report.problems(results) == ["correctness: M=1: wrong", "model: failed b"]
     results = {"sections": {"correctness": {"status": "ok", "result": {"complete": False}}}}
     assert report.problems(results) == ["correctness: ran out of time before its end"]
-
-
-@pytest.mark.parametrize(
-    ("text", "sound"),
-    [
-        ("ERROR SUMMARY: 0 errors", True),
-        ("ERROR SUMMARY: 10 errors", False),
-        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
-        ("RACECHECK SUMMARY: 10 hazards displayed (0 errors, 10 warnings)", False),
-        ("took too long", False),
-        ("exit code -11: ", False),
-    ],
-)
-def test_what_the_sanitizer_says(text, sound):
-    results = {"sections": {"sanitizer": {"status": "ok", "result": {"memcheck": text}}}}
-    assert report.problems(results) == ([] if sound else [f"memcheck: {text}"])

@@ -2,7 +2,7 @@
 
 Codes, scales and outlier columns are equal to the bit; so are outputs where no outlier product takes part. That product
 sums in another order, so it is held to a few fp32 roundings of its terms. What an emulation cannot show (speed, the
-order of memory between blocks, the wgmma kernel) is for benchmarks/gpu.
+order of memory between blocks, the wgmma kernel) is for ``test_gpu.py``.
 """
 
 import itertools
