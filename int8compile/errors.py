@@ -47,10 +47,6 @@ class KernelBuildError(Int8CompileError, RuntimeError):
     """Native code could not be built; carries the compiler's own lines."""
 
 
-class ReleasedWeightError(Int8CompileError, RuntimeError):
-    """A float weight was needed whose storage ``release_weights=True`` had freed."""
-
-
 class CaptureError(Int8CompileError, TypeError):
     """``explain`` was given something that cannot be called, or a golden something that cannot be traced."""
 
