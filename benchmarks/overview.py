@@ -34,7 +34,7 @@ ROWS = {
     "q8_0-llama.cpp": "llama.cpp, Q8_0",
 }
 
-LABELS, COLUMN, BAR, LINE, TOP = 190, 180, 110, 22, 62
+LABELS, COLUMN, BAR, LINE, TOP = 190, 195, 120, 22, 62
 
 
 class Column(NamedTuple):
@@ -68,7 +68,7 @@ def picture(results: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<text x="8" y="20" font-weight="bold">SmolLM2-135M in float32 activations: {escape(machine)}. '
+        f'<text x="8" y="20" font-weight="bold">SmolLM2-135M in float32 on {escape(machine)}. '
         "Shorter is better.</text>",
     ]
     for i, name in enumerate(ROWS):

@@ -23,7 +23,7 @@ from documents import DOCUMENTS, ROOT, Block, blocks, commands, first_column, in
 import int8compile
 from int8compile import errors
 from int8compile.cli.app import app
-from int8compile.config import Int8Config
+from int8compile.config import PASS_NAMES, Int8Config
 from int8compile.report import Reason
 
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
@@ -213,3 +213,10 @@ def test_the_picture_is_that_of_the_results():
     overview = importlib.import_module("benchmarks.overview")
     drawn = overview.picture(json.loads(overview.RESULTS.read_text()))
     assert overview.PICTURE.read_text() == drawn, "python -m benchmarks.overview draws it anew"
+
+
+def test_every_pass_is_documented():
+    for page in ("docs/architecture.md", "docs/options.md"):
+        text = (ROOT / page).read_text()
+        at = [text.index(f"`{name}`", text.index("`expand`")) for name in PASS_NAMES]
+        assert at == sorted(at), f"{page} names the passes in another order"
