@@ -1,4 +1,4 @@
-"""The arguments of our operators' nodes, by name."""
+"""Arguments of the nodes that call int8compile's operators, by name."""
 
 from __future__ import annotations
 

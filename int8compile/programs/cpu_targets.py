@@ -74,7 +74,7 @@ def vector_bits(name: str | None) -> int | None:
 
 
 def cpu_flags() -> frozenset[str]:
-    """What this CPU offers to compilers, in Linux's words; empty where the system does not say."""
+    """The instruction sets of this CPU as ``/proc/cpuinfo`` names them; empty where the system does not say."""
     try:
         text = CPUINFO.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The weight store: from a float weight to its int8 form, at each call, never stale and never copied twice.
+"""The weight store: gives the int8 form of a float weight at each call, never stale and held once.
 
 A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
 or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks this store at each call.
