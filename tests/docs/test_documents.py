@@ -31,7 +31,7 @@ WITH_PYTHON = [name for name in NAMES if any(block.language == "python" for bloc
 WITH_SLOW = [name for name in NAMES if any(block.slow for block in blocks(ROOT / name))]
 
 # At most so many blocks may go unrun, and every one of them says why.
-NOT_RUN_AT_MOST = 4
+NOT_RUN_AT_MOST = 2
 
 
 def run_blocks(document: Path, wanted: Callable[[Block], bool]) -> None:
