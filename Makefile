@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)	## make .venv, or bring it up to date
 
 demo: $(INSTALLED)	## float and int8 side by side on a language model
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m benchmarks.demo
 
 # A file a process, so that what its tests have in common is made once, and in the order of names, whose last files are
 # short. Most tests keep one core busy, and idle threads of two processes must not fight over two cores.
@@ -35,10 +35,10 @@ test-all: $(INSTALLED)	## all tests
 SECONDS ?= 600
 SEED ?= 0
 fuzz: $(INSTALLED)	## random programs in float and in int8, for SECONDS=600 from SEED=0
-	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
+	cd tests/helpers && ../../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 test-cuda: $(INSTALLED)	## the CUDA kernels compiled for every architecture (needs nvcc, no GPU)
-	$(PYTEST) -m slow tests/test_cuda_build.py
+	$(PYTEST) -m slow tests/kernels/test_cuda_build.py
 
 lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff check
@@ -58,11 +58,11 @@ $(PEERS): $(INSTALLED)
 bench: $(PEERS)	## int8 against float and other int8 libraries, into benchmarks/results (an hour)
 	mkdir -p .cache/bench
 	$(BIN)/python -m benchmarks.linear --json .cache/bench/linear.json
-	$(BIN)/python -m benchmarks.calls --json .cache/bench/calls.json
+	$(BIN)/python -m benchmarks.studies.calls --json .cache/bench/calls.json
 	$(BIN)/python -m benchmarks.model --peers --json .cache/bench/model.json
 	$(BIN)/python -m benchmarks.model --peers --shape llama-3.2-1b --json .cache/bench/llama.json
 	$(BIN)/python -m benchmarks.results .cache/bench/*.json
-	$(BIN)/python -m benchmarks.min_features
+	$(BIN)/python -m benchmarks.studies.min_features
 
 clean:	## remove .venv, builds and caches (the downloaded model too)
 	rm -rf .venv .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""What the benchmarks and the demo share: the text, the machine, and medians of interleaved times."""
+"""What the benchmarks share: the text, the machine, and medians of interleaved times."""
 
 from __future__ import annotations
 

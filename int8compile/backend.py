@@ -23,10 +23,11 @@ from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.analysis import Effects
 from int8compile.passes.analysis.sites import complete_sites, weight_uses
 from int8compile.report import GraphBreak, GraphReport, Reason, Report
-from int8compile.selection import names
+from int8compile.selection import unmatched
 from int8compile.torch_internals import dynamo
 from int8compile.weights.invalidation import watch_optimizers
-from int8compile.weights.store import STORE, Slot, Slots
+from int8compile.weights.lifted_inputs import LiftedInput, LiftedInputs
+from int8compile.weights.store import STORE
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,12 @@ def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *
     context = PassContext(captured, config, grad_enabled=grad_enabled)
     counts, seconds = run(PIPELINE, context)
     sites = complete_sites(captured.graph, context)
-    patterns = config.llm_int8_skip_modules
     return GraphReport(
         compile_id="-",
         provider=provider.name,
         sites=sites,
         weights=weight_uses(captured),
-        unmatched=tuple(p for p in patterns if not any(names(p, site.path) for site in sites)),
+        unmatched=unmatched(config, sites),
         pass_counts=counts,
         pass_seconds=seconds,
     )
@@ -105,7 +105,7 @@ def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *
 
 def _compile_inputs(captured: Capture) -> list[Any]:
     """Dynamo's own example inputs, as far as they are left, and those of the lifted weights."""
-    lifted = [meta_tensor(node) for pair in captured.lifted.values() for node in (pair.weight, pair.scale)]
+    lifted = [meta_tensor(node) for pair in captured.lifted.values() for node in (pair.weight, pair.weight_scale)]
     return [captured.examples[n] for n in captured.kept] + dynamo.static_inputs([t for t in lifted if t is not None])
 
 
@@ -119,14 +119,14 @@ def _runner(
     if not captured.lifted:
         return compiled
     kept = [captured.position[node] for node in captured.kept]
-    slots = []
+    inputs = []
     for lifted in captured.lifted.values():
-        members = [(captured.position[node], transposed) for node, transposed in lifted.members]
-        may_release = not any(position in kept for position, _ in members)
-        slots.append(Slot(tuple(members), release if may_release else None))
+        sources = [(captured.position[node], transposed) for node, transposed in lifted.sources]
+        may_release = not any(position in kept for position, _ in sources)
+        inputs.append(LiftedInput(tuple(sources), release if may_release else None))
     watch_optimizers()
     written = _written_inputs(captured)
-    fetch = Slots(STORE, slots, written).fetch
+    fetch = LiftedInputs(STORE, inputs, written).fetch
     in_float = original.forward if written else None
 
     def call(*args: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.limits import SMALLEST_THRESHOLD
 
-PASS_NAMES = ("expand", "group", "normalize", "quantize", "share", "merge", "verify")
+PASS_NAMES = ("expand", "group_heads", "normalize", "quantize", "merge", "share", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -42,13 +42,14 @@ class Int8Config:
             of the batch. ``"element"`` gives 16 bits to the outlier elements alone, so that a row's result
             does not depend on the rows beside it (up to the order of fp32 summation).
         min_features: a linear with fewer input or output features stays in float. 0: nothing is too small.
-            The default is where int8 stops paying; ``benchmarks/min_features.py`` prints the figures.
+            The default is where int8 stops paying; ``benchmarks/studies/min_features.py`` prints the figures.
         skip_output_embeddings: leave ``lm_head`` / ``embed_out`` and weights shared with an embedding in float.
         release_weights: free each float weight once its int8 form exists. The eager model, ``state_dict()`` and
             ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
         kernels: ``"auto"`` takes native kernels where there are some and the reference otherwise,
             ``"native"`` insists on them, ``"reference"`` never builds anything.
-        disable_passes: names of passes to leave out, of expand, group, normalize, quantize, share, merge, verify.
+        disable_passes: names of passes to leave out, of expand, group_heads, normalize, quantize, merge, share,
+            verify.
         mode: as ``torch.compile``'s own ``mode``, which cannot be given together with options.
         inductor: inductor's own options, passed on as they are.
 

@@ -68,7 +68,7 @@ class ExportError(Int8CompileError, TypeError):
 
 
 class ProgramFileError(Int8CompileError, ValueError):
-    """A file that ``load`` refuses: no int8compile program, damaged, of a newer format, or with pickled content."""
+    """A file that ``load`` refuses: no int8compile program, damaged, of another format, or with pickled content."""
 
 
 class ModelNameError(Int8CompileError, ValueError):

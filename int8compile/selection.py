@@ -7,12 +7,13 @@ of the two can know (a weight changed inside a graph, a module with a forward of
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 
 import torch
 
 from int8compile.config import Int8Config
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
-from int8compile.report import Reason
+from int8compile.report import Reason, Site
 
 #: names of output embeddings in transformers' models; weights tied to an embedding are found by sharing
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
@@ -62,3 +63,8 @@ def names(pattern: str, path: str) -> bool:
     parts = path.split(".")
     above = (".".join(parts[: i + 1]) for i in range(len(parts)))
     return any(a == pattern or a.endswith(f".{pattern}") or fnmatch.fnmatchcase(a, pattern) for a in above)
+
+
+def unmatched(config: Int8Config, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Entries of ``llm_int8_skip_modules`` that name none of these linears: typos, most likely."""
+    return tuple(p for p in config.llm_int8_skip_modules if not any(names(p, site.path) for site in sites))

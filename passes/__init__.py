@@ -1,19 +1,19 @@
 """The rewrites, in the order they run. Each is a function ``(graph, context) -> number of changes``.
 
-``expand``     PyTorch's fused attention calls become the operations they stand for
-``group``      attention reads each key/value head once, not a copy for each query head
-``normalize``  every form of a linear becomes one canonical node
-``quantize``   each eligible linear becomes ``int8compile.linear``, each other gets a Reason
-``share``      an activation that feeds several linears is quantised once
-``merge``      linears that read one quantised activation become one product
-``verify``     the result obeys the rules, or VerifyError
+``expand``       PyTorch's fused attention calls become the operations they stand for
+``group_heads``  attention reads each key/value head once, not a copy for each query head
+``normalize``    every form of a linear becomes one canonical node
+``quantize``     each eligible linear becomes ``int8compile.linear``, each other gets a Reason
+``merge``        linears that read one activation become one product
+``share``        an activation that feeds several linears which could not is quantised once
+``verify``       the result obeys the rules, or VerifyError
 
 A pass only rewrites: removing what became dead, linting, timing and logging are the runner's (``runner.py``).
 """
 
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import expand
-from int8compile.passes.group import group
+from int8compile.passes.group_heads import group_heads
 from int8compile.passes.merge import merge
 from int8compile.passes.normalize import normalize
 from int8compile.passes.quantize import quantize
@@ -21,6 +21,17 @@ from int8compile.passes.runner import run
 from int8compile.passes.share import share
 from int8compile.passes.verify import verify
 
-PIPELINE = (expand, group, normalize, quantize, share, merge, verify)
+PIPELINE = (expand, group_heads, normalize, quantize, merge, share, verify)
 
-__all__ = ["PIPELINE", "PassContext", "expand", "group", "merge", "normalize", "quantize", "run", "share", "verify"]
+__all__ = [
+    "PIPELINE",
+    "PassContext",
+    "expand",
+    "group_heads",
+    "merge",
+    "normalize",
+    "quantize",
+    "run",
+    "share",
+    "verify",
+]

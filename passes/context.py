@@ -23,13 +23,18 @@ class PassContext:
         capture: the graph's inputs and lifted weights.
         config: the user's options.
         grad_enabled: whether gradients are recorded where the graph begins.
-        sites: one for each linear, written by ``quantize``.
+        sites: one for each linear, written by ``normalize`` and ``quantize``.
+        unread: the user's own nodes whose results nothing reads, which stay as they are.
     """
 
     capture: Capture
     config: Int8Config
     grad_enabled: bool = False
     sites: dict[fx.Node, Site] = dataclasses.field(default_factory=dict)
+    unread: set[fx.Node] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unread = {node for node in self.capture.graph.nodes if not node.users}
 
     def call(
         self,
@@ -53,17 +58,18 @@ class PassContext:
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Put a node in another's place; the old one's site is the new one's."""
+        """Put a node in another's place, its site and its being unread by the user included."""
         old.replace_all_uses_with(new)
         old.graph.erase_node(old)
         if old in self.sites:
             self.sites[new] = self.sites.pop(old)
+        if old in self.unread:
+            self.unread.add(new)
 
 
-def argument_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A call's arguments with each node replaced by its fake value."""
-    values: tuple[Any, ...] = fx.node.map_arg(args, meta_value)  # type: ignore[arg-type,assignment]
-    return values
+def argument_values(args: Any) -> Any:
+    """A call's arguments, a tuple or a dict, with each node replaced by its fake value."""
+    return fx.node.map_arg(args, meta_value)  # type: ignore[arg-type]
 
 
 _PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")

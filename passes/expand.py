@@ -5,7 +5,7 @@
     (c) torch._transformer_encoder_layer_fwd(...)      -> attention, feed-forward and norms (nn.TransformerEncoderLayer)
 
 No numerics change beyond rounding. Left as they are: calls on nested tensors (padding taken out on the fly), calls
-whose results are read otherwise than one by one.
+whose results are read otherwise than one by one, calls of which nothing reads the attention's or the layer's output.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from int8compile.graph.dump import meta_value
 from int8compile.passes.analysis import transformed
+from int8compile.passes.analysis.fused import FUSED
 from int8compile.passes.context import PassContext
 
 
@@ -37,103 +37,6 @@ def expand(graph: fx.Graph, context: PassContext) -> int:
     return changes
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    embed_dim: int,
-    num_head: int,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    need_weights: bool = True,
-    average_attn_weights: bool = True,
-    mask_type: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``torch._native_multi_head_attention``: [B, L, E] to [B, L, E] and, if needed, the attention's weights."""
-    q = query.transpose(0, 1)  # one tensor where there was one, which then has one projection for all three
-    k = q if key is query else key.transpose(0, 1)
-    v = k if value is key else value.transpose(0, 1)
-    out, weights = functional.multi_head_attention_forward(
-        q,
-        k,
-        v,
-        embed_dim,
-        num_head,
-        qkv_weight,
-        qkv_bias,
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=0.0,
-        out_proj_weight=proj_weight,
-        out_proj_bias=proj_bias,
-        training=False,
-        need_weights=need_weights,
-        average_attn_weights=average_attn_weights,
-        # 0: [L, L], 1: padding [B, L], 2: [B, heads, L, L]
-        key_padding_mask=mask if mask_type == 1 else None,
-        attn_mask=mask.flatten(0, 1) if mask is not None and mask_type == 2 else mask if mask_type == 0 else None,
-    )
-    return out.transpose(0, 1), weights
-
-
-def _encoder_layer(
-    src: torch.Tensor,
-    embed_dim: int,
-    num_heads: int,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor,
-    use_gelu: bool,
-    norm_first: bool,
-    eps: float,
-    norm1_weight: torch.Tensor,
-    norm1_bias: torch.Tensor,
-    norm2_weight: torch.Tensor,
-    norm2_bias: torch.Tensor,
-    ffn1_weight: torch.Tensor,
-    ffn1_bias: torch.Tensor,
-    ffn2_weight: torch.Tensor,
-    ffn2_bias: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    mask_type: int | None = None,
-) -> torch.Tensor:
-    """``torch._transformer_encoder_layer_fwd``: [B, L, E] to [B, L, E]."""
-
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-        return _attention(x, x, x, embed_dim, num_heads, *weights, mask, need_weights=False, mask_type=mask_type)[0]
-
-    def feed_forward(x: torch.Tensor) -> torch.Tensor:
-        activation = functional.gelu if use_gelu else functional.relu
-        hidden = activation(functional.linear(x, ffn1_weight, ffn1_bias))
-        return functional.linear(hidden, ffn2_weight, ffn2_bias)
-
-    def norm1(x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, (embed_dim,), norm1_weight, norm1_bias, eps)
-
-    def norm2(x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, (embed_dim,), norm2_weight, norm2_bias, eps)
-
-    if norm_first:
-        src = src + attend(norm1(src))
-        return src + feed_forward(norm2(src))
-    src = norm1(src + attend(src))
-    return norm2(src + feed_forward(src))
-
-
-#: calls that Dynamo puts into the graph whole, with the weights of several linears as arguments -> what they compute
-FUSED: dict[Callable[..., Any], Callable[..., Any]] = {
-    functional.multi_head_attention_forward: functional.multi_head_attention_forward,
-    torch._native_multi_head_attention: _attention,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
-}
-
-
 def _trace(node: fx.Node, body: Callable[..., Any], context: PassContext) -> tuple[fx.Graph, list[fx.Node]] | None:
     """The body as a graph, and the nodes that its inputs are; None where it has to stay as it is."""
     flat, spec = pytree.tree_flatten((node.args, node.kwargs))
@@ -141,8 +44,7 @@ def _trace(node: fx.Node, body: Callable[..., Any], context: PassContext) -> tup
     values = [meta_value(a) for a in inputs]
     if not all(isinstance(v, torch.Tensor) and not v.is_nested for v in values):
         return None
-    results = meta_value(node)
-    if isinstance(results, (tuple, list)) and any(user.target is not operator.getitem for user in node.users):
+    if not _is_read(node):
         return None
 
     def call(*tensors: torch.Tensor) -> Any:
@@ -155,6 +57,14 @@ def _trace(node: fx.Node, body: Callable[..., Any], context: PassContext) -> tup
     if traced.graph.find_nodes(op="get_attr"):
         return None
     return traced.graph, inputs
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether the first of a call's results is read, and all by their place."""
+    if not isinstance(meta_value(node), (tuple, list)):
+        return bool(node.users)
+    by_place = all(user.target is operator.getitem for user in node.users)
+    return by_place and any(user.users for user in node.users if user.args[1] == 0)
 
 
 def _inline(node: fx.Node, body: fx.Graph, inputs: list[fx.Node], context: PassContext) -> None:

@@ -1,16 +1,15 @@
-"""merge: linears that read one quantised activation become one product, its result split.
+"""merge: int8 linears that read one activation become one product, its result split.
 
-    y0 = int8compile.scaled_mm(q, r, x, o, w0, s0, b0, ...)        y = int8compile.linear(x, w01, s01, cat(b0, b1), ...)
-    y1 = int8compile.scaled_mm(q, r, x, o, w1, s1, b1, ...)   ->   y0 = narrow(y, 0, n0).contiguous()
-                                                                   y1 = narrow(y, n0, n1).contiguous()
+    y0 = int8compile.linear(x, w0, s0, b0, t, p)         y = int8compile.linear(x, w01, s01, cat(b0, b1), t, p)
+    y1 = int8compile.linear(x, w1, s1, b1, t, p)    ->   y0 = narrow(y, 0, n0).contiguous()
+                                                         y1 = narrow(y, n0, n1).contiguous()
 
 Scales are one an output channel, so joining rows is exact. ``w01`` is one lifted input, in which the weight store keeps
-w0 and w1 once. When all readers of the quantised activation merge, it needs no quantise of its own and the whole is one
-``int8compile.linear``. The copies make each result a tensor of its own, as the user's code expects (it may reshape
-it or write to it); inductor fuses them into what reads them.
+w0 and w1 once. The copies make each result a tensor of its own, as the user's code expects (it may reshape it or write
+to it); inductor fuses them into what reads them.
 
-Not merged: biases that are computed, or written to, only after the first of the products; int8 weights of the user's
-own (an ``Int8Linear``), because the joined one would be a second copy of them.
+Not merged, and left for ``share``: biases that are computed, or written to, only after the first of the products; int8
+weights of the user's own (an ``Int8Linear``), because the joined one would be a second copy of them; rows of a weight.
 """
 
 from __future__ import annotations
@@ -18,87 +17,63 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from int8compile.graph.capture import Lifted
+from int8compile.graph.capture import LiftedWeight
 from int8compile.graph.dump import meta_tensor
-from int8compile.ops import linear, scaled_mm
+from int8compile.ops import linear
 from int8compile.passes.analysis import Effects
-from int8compile.passes.calls import LinearCall, ScaledMmCall
+from int8compile.passes.analysis.readers import LinearCall, readers
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
 
 
 def merge(graph: fx.Graph, context: PassContext) -> int:
-    groups: dict[object, list[fx.Node]] = {}
-    lifted = {pair.weight for pair in context.capture.lifted.values()}
-    for node in graph.find_nodes(op="call_function", target=scaled_mm):
-        if ScaledMmCall.of(node).weight in lifted:
-            groups.setdefault(ScaledMmCall.of(node).activation, []).append(node)
     effects = Effects(graph)
-    ready = [[node for node in group if _readable_at(group[0], node, effects)] for group in groups.values()]
-    mergeable = [group for group in ready if len(group) > 1]
-    for group in mergeable:
-        _merge(graph, context, group)
-    return sum(map(len, mergeable))
-
-
-def _readable_at(first: fx.Node, node: fx.Node, effects: Effects) -> bool:
-    """Whether all that a product reads is there, and the same, at the first of the products."""
-    call = ScaledMmCall.of(node)
-    return all(effects.readable_at(read, first, node) for read in (call.x, call.bias) if read is not None)
-
-
-def _merge(graph: fx.Graph, context: PassContext, group: list[fx.Node]) -> None:
-    first, call = group[0], ScaledMmCall.of(group[0])
     lifted_of = {lifted.weight: lifted for lifted in context.capture.lifted.values()}
-    lifted = context.capture.lift(tuple(m for node in group for m in lifted_of[ScaledMmCall.of(node).weight].members))
-    whole = set(call.codes.users) == set(group)
-    product = _product(context, group, lifted, whole)
-    start, parts = 0, []
-    for node in group:
-        value = meta_tensor(node)
-        assert value is not None
-        rows = value.shape[-1]
-        part = context.call(first, aten.narrow.default, (product, -1, start, rows), like=node)
-        own = context.call(first, aten.clone.default, (part,), like=node, value=value)
-        own.kwargs = {"memory_format": torch.contiguous_format}
-        parts.append(own)
-        start += rows
-    for node, own in zip(group, parts, strict=True):
-        context.replace(node, own)
-    if whole:
-        for unread in (*call.quantized.users, call.quantized):
-            graph.erase_node(unread)
+    runs = [_joinable(run, lifted_of, effects) for run in readers(graph, context, effects)]
+    runs = [run for run in runs if len(run) > 1]
+    for run in runs:
+        _merge(context, run, lifted_of)
+    return sum(map(len, runs))
 
 
-def _product(context: PassContext, group: list[fx.Node], lifted: Lifted, whole: bool) -> fx.Node:
-    first, call = group[0], ScaledMmCall.of(group[0])
-    like, weight = meta_tensor(first), meta_tensor(lifted.weight)
-    assert like is not None
-    assert weight is not None
+def _joinable(run: list[fx.Node], lifted_of: dict[fx.Node, LiftedWeight], effects: Effects) -> list[fx.Node]:
+    """Those of a run with lifted weights whose biases are there, and the same, at the first of them."""
+    lifted = [node for node in run if LinearCall.of(node).weight in lifted_of]
+    biases = [(node, LinearCall.of(node).bias) for node in lifted]
+    return [node for node, bias in biases if bias is None or effects.readable_at(bias, lifted[0], node)]
+
+
+def _merge(context: PassContext, run: list[fx.Node], lifted_of: dict[fx.Node, LiftedWeight]) -> None:
+    first, call = run[0], LinearCall.of(run[0])
+    values = [value for node in run if (value := meta_tensor(node)) is not None]
+    sizes = [int(value.shape[-1]) for value in values]
+    lifted = context.capture.lift(tuple(s for node in run for s in lifted_of[LinearCall.of(node).weight].sources))
+    joined = call._replace(
+        weight=lifted.weight, weight_scale=lifted.weight_scale, bias=_joined_bias(context, run, sizes)
+    )
     with context.capture.fake_mode:
-        value = like.new_empty((*like.shape[:-1], weight.shape[0]))
-    bias = _joined_bias(context, group)
-    if whole:
-        policy = "element" if call.residual_from else "column"
-        threshold = LinearCall.threshold_of(call.quantized)
-        joined = LinearCall(call.x, lifted.weight, lifted.scale, bias, threshold, policy)
-        return context.call(first, linear, tuple(joined), like=first, value=value)
-    several = call._replace(weight=lifted.weight, scale=lifted.scale, bias=bias)
-    return context.call(first, scaled_mm, tuple(several), like=first, value=value)
+        whole = values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
+    product = context.call(first, linear, tuple(joined), like=first, value=whole)
+    start, parts = 0, []
+    for node, value, size in zip(run, values, sizes, strict=True):
+        part = context.call(first, aten.narrow.default, (product, -1, start, size), like=node)
+        kwargs = {"memory_format": torch.contiguous_format}
+        parts.append(context.call(first, aten.clone.default, (part,), like=node, value=value, kwargs=kwargs))
+        start += size
+    for node, part in zip(run, parts, strict=True):
+        context.replace(node, part)
 
 
-def _joined_bias(context: PassContext, group: list[fx.Node]) -> fx.Node | None:
+def _joined_bias(context: PassContext, run: list[fx.Node], sizes: list[int]) -> fx.Node | None:
     """The biases end to end, zeros where there is none; None if no one has one."""
-    first = group[0]
-    biases = [ScaledMmCall.of(node).bias for node in group]
+    first = run[0]
+    biases = [LinearCall.of(node).bias for node in run]
     given = next((bias for bias in biases if bias is not None), None)
     if given is None:
         return None
-    parts = []
-    for node, bias in zip(group, biases, strict=True):
-        value = meta_tensor(node)
-        assert value is not None
-        zeros = (given, [value.shape[-1]])
-        parts.append(bias if bias is not None else context.call(first, aten.new_zeros.default, zeros, like=first))
+    parts = [
+        bias if bias is not None else context.call(first, aten.new_zeros.default, (given, [size]), like=first)
+        for bias, size in zip(biases, sizes, strict=True)
+    ]
     return context.call(first, aten.cat.default, (parts,), like=first)

@@ -11,25 +11,27 @@ graph: an ``Int8Linear``, which holds int8 weights itself.
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
 
 import torch
 from torch import fx
 
 from int8compile import selection
-from int8compile.graph.capture import is_constant, site_path
+from int8compile.graph.capture import FloatWeight, is_constant
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
 from int8compile.passes.analysis import Effects, regions, transformed
+from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.effects import storage_of
+from int8compile.passes.analysis.linears import is_vector, resolve_transposes
+from int8compile.passes.analysis.sites import make_site, prequantized_site
 from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
-from int8compile.passes.normalize import LINEAR, is_vector, resolve_transposes
+from int8compile.passes.normalize import LINEAR
 from int8compile.report import Reason, Site
 
-#: where each takes its table
-_EMBEDDINGS = {torch.nn.functional.embedding: 1, torch.embedding: 0, torch.ops.aten.embedding.default: 0}
+_EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
 
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
@@ -52,11 +54,10 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
             trained = (x, weight, bias, config.llm_int8_threshold, config.outlier_policy)
             context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
             continue
-        codes, scale = _lifted(weight, node, context)
-        args = (x, codes, scale, bias, config.llm_int8_threshold, config.outlier_policy)
+        weight, weight_scale = _lifted(weight, node, context)
+        args = (x, weight, weight_scale, bias, config.llm_int8_threshold, config.outlier_policy)
         new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
         context.replace(node, new)
-        _erase_dead_views(weight)
     return changes
 
 
@@ -64,18 +65,10 @@ def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.
     """The int8 form of a weight and its scales."""
     rows = rows_of_constant(weight)
     if rows is None:
-        lifted = context.capture.lift((resolve_transposes(weight),))
-        return lifted.weight, lifted.scale
-    lifted = context.capture.lift(((rows.root, False),))
-    return rows.of(lifted.weight, before, context), rows.of(lifted.scale, before, context)
-
-
-def _erase_dead_views(weight: fx.Node) -> None:
-    while weight.op in ("call_function", "call_method") and not weight.users:
-        source = weight.args[0]
-        weight.graph.erase_node(weight)
-        assert isinstance(source, fx.Node)
-        weight = source
+        lifted = context.capture.lift((FloatWeight(*resolve_transposes(weight)),))
+        return lifted.weight, lifted.weight_scale
+    lifted = context.capture.lift((FloatWeight(rows.root, transposed=False),))
+    return rows.of(lifted.weight, before, context), rows.of(lifted.weight_scale, before, context)
 
 
 class _Facts:
@@ -86,7 +79,8 @@ class _Facts:
         self.config = context.config
         self.regions = regions(graph, context.grad_enabled)
         self.effects = Effects(graph)
-        tables = [_table(n) for n in graph.nodes if n.target in _EMBEDDINGS]
+        embeddings = [n for n in graph.nodes if n.op == "call_function" and n.target in _EMBEDDINGS]
+        tables = [arguments(node).get("weight") for node in embeddings]
         self.embeddings = {self._storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings |= {self._real_storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings.discard(None)
@@ -97,16 +91,10 @@ class _Facts:
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
         rows = rows_of_constant(weight)
-        root, transposed = (rows.root, False) if rows else resolve_transposes(weight)
-        value, out = meta_tensor(weight if rows else root), meta_tensor(node)
-        shape = tuple(value.shape) if value is not None else ()
-        n, k = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, shape[0] if shape else 0)
-        path = site_path(node, root)
-        reason, detail = self._reason(node, x, root, path, int(k), int(n))
-        dtype = str(out.dtype).removeprefix("torch.") if out is not None else "?"
-        if rows and not detail:
-            detail = f"rows {rows.start}:{rows.stop}"
-        return Site(path, int(k), int(n), dtype, reason, detail)
+        root = rows.root if rows else resolve_transposes(weight)[0]
+        site = make_site(node, weight, Reason.REWRITTEN)
+        reason, detail = self._reason(node, x, root, site.path, site.in_features, site.out_features)
+        return dataclasses.replace(site, reason=reason, detail=detail or site.detail)
 
     def _reason(self, node: fx.Node, x: fx.Node, root: fx.Node, path: str, k: int, n: int) -> tuple[Reason, str]:
         if not is_constant(root):
@@ -162,21 +150,5 @@ class _Facts:
         return int(example.untyped_storage()._cdata)
 
 
-def _table(node: fx.Node) -> object:
-    """The weight of an embedding."""
-    position = _EMBEDDINGS[node.target]
-    return node.args[position] if len(node.args) > position else node.kwargs.get("weight")
-
-
 def _is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def prequantized_site(node: fx.Node) -> Site:
-    """The site of an ``int8compile.linear`` or ``master_linear`` that the user's model calls itself."""
-    root, _ = resolve_transposes(cast(fx.Node, node.args[1]))
-    out, weight = meta_tensor(node), meta_tensor(cast(fx.Node, node.args[1]))
-    n, k = weight.shape if weight is not None else (0, 0)
-    dtype = str(out.dtype).removeprefix("torch.") if out is not None else "?"
-    detail = "16-bit weight" if node.target is master_linear else ""
-    return Site(site_path(node, root), int(k), int(n), dtype, Reason.PREQUANTIZED, detail)

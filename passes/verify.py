@@ -18,7 +18,7 @@ from int8compile.graph.capture import is_constant
 from int8compile.graph.dump import dump, meta_tensor, meta_value, target_name
 from int8compile.limits import FLOAT_DTYPES
 from int8compile.ops import linear, master_linear, quantize_rowwise, scaled_mm
-from int8compile.passes.calls import LinearCall, ScaledMmCall
+from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.context import PassContext, argument_values
 
 
@@ -35,22 +35,21 @@ def _fail(graph: fx.Graph, problem: str) -> None:
 
 
 def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
-    if not node.users:
+    if not node.users and node not in context.unread:
         _fail(graph, f"{node.name} ({target_name(node.target)}) is dead")
     with context.capture.fake_mode:
-        expected = node.target(*argument_values(node.args))  # type: ignore[operator]
+        expected = node.target(*argument_values(node.args), **argument_values(node.kwargs))  # type: ignore[operator]
     # Shapes only: under autocast the dtype is that of the region, which this call of the fake does not see.
     for want, have in zip(_tensors(expected), _tensors(meta_value(node)), strict=True):
         if _differ(want.shape, have.shape):
             _fail(graph, f"{node.name} is {list(have.shape)} where its operator gives {list(want.shape)}")
     if node.target in (quantize_rowwise, master_linear):
         return
-    call = LinearCall.of(node) if node.target is linear else ScaledMmCall.of(node)
-    pairs = {lifted.weight: lifted.scale for lifted in context.capture.lifted.values()}
+    given = arguments(node)
+    weight, weight_scale = given["weight"], given["weight_scale"]
+    pairs = {lifted.weight: lifted.weight_scale for lifted in context.capture.lifted.values()}
     # A call of the user's own reads neither half of a lifted pair.
-    if pairs.get(call.weight, call.scale) is not call.scale or (
-        call.weight not in pairs and call.scale in pairs.values()
-    ):
+    if pairs.get(weight, weight_scale) is not weight_scale or (weight not in pairs and weight_scale in pairs.values()):
         _fail(graph, f"{node.name} reads a weight and scale that are not a lifted pair")
     out = meta_tensor(node)
     if out is None or out.dtype not in FLOAT_DTYPES:
@@ -69,8 +68,8 @@ def _tensors(value: object) -> tuple[torch.Tensor, ...]:
 def _check_inputs(graph: fx.Graph, context: PassContext) -> None:
     placeholders = set(graph.find_nodes(op="placeholder"))
     for lifted in context.capture.lifted.values():
-        if not lifted.weight.users or not lifted.scale.users:
+        if not lifted.weight.users or not lifted.weight_scale.users:
             _fail(graph, f"lifted input {lifted.weight.name} is not read")
-        for member, _ in lifted.members:
-            if member in placeholders and not member.users and is_constant(member):
-                _fail(graph, f"float weight {member.name} is left behind its rewritten site")
+        for node, _ in lifted.sources:
+            if node in placeholders and not node.users and is_constant(node):
+                _fail(graph, f"float weight {node.name} is left behind its rewritten site")

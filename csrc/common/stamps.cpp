@@ -1,12 +1,13 @@
 // Whether tensors are what they were: the check a compiled graph makes of all its float weights at each call.
 //
-// The meaning is that of _Stamp in int8compile/weights/store.py, where it is explained: same tensor, same version, same memory,
-// and the same bytes at a few places of it.
+// The meaning is that of Stamp in int8compile/weights/stamps.py, where it is explained: same tensor, same version, same
+// memory read in the same way, and the same bytes at a few places of it.
 // It is here because a model has hundreds of weights and a decoded token few microseconds for them.
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/util/DimVector.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -47,6 +48,8 @@ struct Stamp {
   const void* data;
   int64_t offset;
   int64_t version;  // -1: an inference tensor, which has none
+  c10::ScalarType dtype;
+  c10::DimVector sizes, strides;
   std::array<std::array<char, kSampleBytes>, kSamples> samples{};
 
   explicit Stamp(const at::Tensor& t)
@@ -54,7 +57,10 @@ struct Stamp {
         storage(t.storage().getWeakStorageImpl()),
         data(memory(t)),
         offset(t.storage_offset()),
-        version(version_of(t)) {
+        version(version_of(t)),
+        dtype(t.scalar_type()),
+        sizes(t.sizes()),
+        strides(t.strides()) {
     for_each_sample(t, static_cast<const char*>(data), [&](int i, const char* piece, int64_t size) {
       std::memcpy(samples[i].data(), piece, size);
       return true;
@@ -64,7 +70,8 @@ struct Stamp {
   bool matches(const at::Tensor& t) const {
     if (tensor._unsafe_get_target() != t.unsafeGetTensorImpl() ||
         storage._unsafe_get_target() != t.storage().unsafeGetStorageImpl() || data != memory(t) ||
-        offset != t.storage_offset() || version != version_of(t)) {
+        offset != t.storage_offset() || version != version_of(t) || dtype != t.scalar_type() || t.sizes() != sizes ||
+        t.strides() != strides) {
       return false;
     }
     const auto held = storage.lock();  // another thread may give the tensor other memory while this one reads

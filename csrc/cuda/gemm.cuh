@@ -1,8 +1,8 @@
 // The int8 product by mma.sync (sm_80 and later), with the outlier product and the rest of the epilogue in it.
 //
 // A block computes one tile of the output, or, of a tile that several blocks share along K, its part of the sums. K goes
-// by in stages that cp.async keeps full ahead of use. In shared memory a stage is rows of `depth` codes, of q and then
-// of the weight, whose 16-byte chunks are permuted within a row so that the eight rows an ldmatrix reads lie in
+// by in stages that cp.async keeps full ahead of use. In shared memory a stage is rows of `depth` codes, the activation's
+// and then the weight's, whose 16-byte chunks are permuted within a row so that the eight rows an ldmatrix reads lie in
 // different banks. Chunks beyond K, M or N are zeros, which add nothing.
 //
 // Blocks that share a tile leave their sums in memory and draw a ticket; the last one adds them up, which in int32 is

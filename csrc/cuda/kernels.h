@@ -1,6 +1,6 @@
 // What the CUDA kernels have in common with their callers: plain pointers, sizes and streams, no torch header.
 //
-// Operands are as in ops/*.py: codes q [M, K] and weight [N, K], both int8 with K contiguous; row_scale [M] and
+// Operands are as in ops/*.py: codes [M, K] and weight [N, K], both int8 with K contiguous; row_scale [M] and
 // weight_scale [N], fp32; `flags` [K], a byte a column, not 0 where the column is an outlier column. One file a kernel,
 // with its launcher; plan.cpp has the table that chooses between them. Launchers queue work on a stream and return:
 // nothing is read back, and a launcher's choices depend on sizes and on the GPU alone, so that a captured CUDA graph is
@@ -87,7 +87,7 @@ cudaError_t launch_gather(
     cudaStream_t stream);
 
 // Up to 8 rows, which share each weight as it streams by. Needs aligned operands (see `aligned`). `fused` quantises x
-// in every block first; q is then left alone and `q.flags` says only whether outliers are looked for.
+// in every block first; `q` is then left alone and `q.flags` says only whether outliers are looked for.
 constexpr int64_t kSkinnyRows = 8;
 constexpr int64_t kFusedElements = 16384;
 

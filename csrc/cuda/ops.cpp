@@ -46,8 +46,8 @@ struct Operands {
   Tensor weight, weight_scale, bias;
   Product product{};
 
-  Operands(const Tensor& w, const Tensor& scale, const OptionalTensor& b, Tensor& out)
-      : weight(w.stride(1) == 1 || w.size(1) <= 1 ? w : w.contiguous()), weight_scale(scale.contiguous()) {
+  Operands(const Tensor& w, const Tensor& w_scale, const OptionalTensor& b, Tensor& out)
+      : weight(w.stride(1) == 1 || w.size(1) <= 1 ? w : w.contiguous()), weight_scale(w_scale.contiguous()) {
     if (b.has_value()) {
       bias = (is_float(b->scalar_type()) ? *b : b->to(at::kFloat)).contiguous();
     }
@@ -109,12 +109,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double thre
 }
 
 Tensor scaled_mm(
-    const Tensor& q, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers, const Tensor& weight,
-    const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype, double residual_from) {
+    const Tensor& codes, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers,
+    const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype,
+    double residual_from) {
   constexpr const char* op = "scaled_mm";
   check_activation(op, x);
   const int64_t m = rows_of(x), k = x.size(-1);
-  check_tensor(op, "q", q, x, at::kChar, {m, k}, " (quantize_rowwise makes it)");
+  check_tensor(op, "codes", codes, x, at::kChar, {m, k}, " (quantize_rowwise makes it)");
   check_tensor(op, "row_scale", row_scale, x, at::kFloat, {m}, " (quantize_rowwise makes it)");
   if (outliers.has_value()) {
     check_tensor(op, "outliers", *outliers, x, at::kBool, {k}, " (quantize_rowwise makes it)");
@@ -124,14 +125,14 @@ Tensor scaled_mm(
   const float least = checked_residual_from(op, residual_from);
 
   const c10::DeviceGuard guard(x.device());
-  const Tensor codes = q.contiguous(), scales = row_scale.contiguous();
+  const Tensor rows = codes.contiguous(), scales = row_scale.contiguous();
   const Tensor values = outliers.has_value() ? x.contiguous() : x;  // read for residuals alone
   const Tensor flags = outliers.has_value() ? outliers->contiguous() : Tensor();
   Tensor out = empty_output(x, weight, out_dtype);
   const Operands operands(weight, weight_scale, bias, out);
   const Problem problem{activation(values), operands.product, {0.0f, least}, choice()};
   const Quantized quantized{
-      const_cast<int8_t*>(codes.const_data_ptr<int8_t>()), const_cast<float*>(scales.const_data_ptr<float>()),
+      const_cast<int8_t*>(rows.const_data_ptr<int8_t>()), const_cast<float*>(scales.const_data_ptr<float>()),
       flags.defined() ? static_cast<uint8_t*>(const_cast<void*>(flags.const_data_ptr())) : nullptr};
   const Gpu gpu = current_gpu();
   const Tensor scratch = scratch_memory(product_scratch(problem, quantized, gpu), x);

@@ -56,9 +56,9 @@ Tensor bias_gradient(const Tensor& grad, at::ScalarType dtype) {
 // What backward needs of the operands, for linear and scaled_mm alike. Edges count the tensors among the arguments, so
 // an absent one has none and moves those behind it.
 void save(
-    AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& scale, const OptionalTensor& bias,
-    int64_t x_edge, int64_t bias_edge) {
-  ctx->save_for_backward({weight, scale});
+    AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+    const OptionalTensor& bias, int64_t x_edge, int64_t bias_edge) {
+  ctx->save_for_backward({weight, weight_scale});
   ctx->saved_data["x_edge"] = x_edge;
   ctx->saved_data["x_dtype"] = int64_t(x.scalar_type());
   ctx->saved_data["bias_edge"] = bias.has_value() ? bias_edge : int64_t(-1);
@@ -123,13 +123,13 @@ const auto& scaled_mm_op() {
 
 struct ScaledMm : Function<ScaledMm> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& q, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers,
-      const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, int64_t out_dtype,
-      double residual_from) {
+      AutogradContext* ctx, const Tensor& codes, const Tensor& row_scale, const Tensor& x,
+      const OptionalTensor& outliers, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
+      int64_t out_dtype, double residual_from) {
     save(ctx, x, weight, weight_scale, bias, 2, outliers.has_value() ? 6 : 5);
     at::AutoDispatchBelowADInplaceOrView below;
     return scaled_mm_op().call(
-        q, row_scale, x, outliers, weight, weight_scale, bias, at::ScalarType(out_dtype), residual_from);
+        codes, row_scale, x, outliers, weight, weight_scale, bias, at::ScalarType(out_dtype), residual_from);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -138,14 +138,15 @@ struct ScaledMm : Function<ScaledMm> {
 };
 
 Tensor scaled_mm(
-    const Tensor& q, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers, const Tensor& weight,
-    const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype, double residual_from) {
+    const Tensor& codes, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers,
+    const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype,
+    double residual_from) {
   if (at::GradMode::is_enabled() && (needs_gradient(x) || needs_gradient(bias))) {
     return ScaledMm::apply(
-        q, row_scale, x, outliers, weight, weight_scale, bias, int64_t(out_dtype), residual_from);
+        codes, row_scale, x, outliers, weight, weight_scale, bias, int64_t(out_dtype), residual_from);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return scaled_mm_op().call(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from);
+  return scaled_mm_op().call(codes, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from);
 }
 
 // Codes, scales and columns carry no gradient; scaled_mm takes it to x.

@@ -73,9 +73,10 @@ inline float checked_residual_from(const char* op, double residual_from) {
   return checked_threshold(op, "residual_from", residual_from, "whole columns");
 }
 
-inline void check_outlier_policy(const char* op, c10::string_view policy) {
+inline void check_outlier_policy(const char* op, c10::string_view outlier_policy) {
   INT8COMPILE_CHECK(
-      policy == "column" || policy == "element", op, "outlier_policy='", policy, "'; expected 'column' or 'element'");
+      outlier_policy == "column" || outlier_policy == "element", op, "outlier_policy='", outlier_policy,
+      "'; expected 'column' or 'element'");
 }
 
 inline void check_weight(

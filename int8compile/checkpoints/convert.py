@@ -35,9 +35,9 @@ from int8compile.integrations.transformers.saving import quantization_config
 from int8compile.modules.inplace import find_linears
 from int8compile.modules.int8_linear import is_conv1d
 from int8compile.report import Reason, Site
-from int8compile.selection import names
+from int8compile.selection import unmatched
 from int8compile.weights.formats import FORMATS, entries, mark
-from int8compile.weights.store import pack
+from int8compile.weights.int8_weight import Int8Weight
 
 _MANIFEST = "unfinished.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -158,8 +158,7 @@ class _Plan:
         if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
             raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
         self.sites = [f.site for f in found]
-        skip = core.llm_int8_skip_modules
-        self.unmatched = [pattern for pattern in skip if not any(names(pattern, s.path) for s in self.sites)]
+        self.unmatched = list(unmatched(core, self.sites))
         self._int8 = {path: f for f in found if f.site.reason is Reason.REWRITTEN for path in f.paths}
         self._names = _Names(model)
         # The first in the model's order, like save_pretrained; a checkpoint's order is its own.
@@ -176,9 +175,10 @@ class _Plan:
             problem = f"is {tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(key, problem, f"float {list(module.weight.shape)}, as the model has it", file)
         # As from_pretrained would: first to the model's dtype.
-        packed = pack(tensor.to(self.dtype) if self.dtype is not None else tensor, is_conv1d(module))
+        tensor = tensor.to(self.dtype) if self.dtype is not None else tensor
+        int8_weight = Int8Weight.quantize(tensor, is_conv1d(module))
         prefix = key.removesuffix("weight")
-        result = {f"{prefix}{name}": value for name, value in entries(packed, self.format).items()}
+        result = {f"{prefix}{name}": value for name, value in entries(int8_weight, self.format).items()}
         if key == self._marked:
             result[key] = mark(result[key])
         return result

@@ -2,8 +2,8 @@
 
 Dynamo reads its own graph again while it makes guards, so that graph must not be changed, and passes work on a copy. A
 parameter is an ordinary input of the copy, marked by ``meta["int8compile_constant"]``. A rewritten site reads its int8
-weight and scale from *lifted* inputs, which come after Dynamo's; a ``Lifted`` records which weights fill them at each
-call. Storing the tensors in the graph instead would be wrong: two instances of one class share one graph.
+weight and scale from *lifted* inputs, which come after Dynamo's; a ``LiftedWeight`` records which weights fill them at
+each call. Storing the tensors in the graph instead would be wrong: two instances of one class share one graph.
 
 In an exported program parameters are inputs too, so it uses the same ``Capture`` (``programs/exporting.py``). There the
 lifted inputs come before the user's, as parameters do, and are filled once.
@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -23,18 +23,25 @@ from torch import fx
 from int8compile.graph.dump import meta_tensor
 
 
+class FloatWeight(NamedTuple):
+    """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``."""
+
+    placeholder: fx.Node
+    transposed: bool
+
+
 @dataclasses.dataclass(frozen=True)
-class Lifted:
+class LiftedWeight:
     """A lifted int8 weight: the float weights whose rows it holds, and the two inputs that carry it.
 
     Args:
-        members: float weight placeholder, and whether it is stored [K, N].
-        weight, scale: placeholders of int8 [sum of N, K] and fp32 [sum of N].
+        sources: the float weights, in the order of their rows.
+        weight, weight_scale: placeholders of int8 [sum of N, K] and fp32 [sum of N].
     """
 
-    members: tuple[tuple[fx.Node, bool], ...]
+    sources: tuple[FloatWeight, ...]
     weight: fx.Node
-    scale: fx.Node
+    weight_scale: fx.Node
 
 
 class Capture:
@@ -54,40 +61,41 @@ class Capture:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self.examples = dict(zip(placeholders, example_inputs, strict=True))
         self.position = {node: i for i, node in enumerate(placeholders)}
-        self.lifted: dict[tuple[tuple[fx.Node, bool], ...], Lifted] = {}
+        self.lifted: dict[tuple[FloatWeight, ...], LiftedWeight] = {}
 
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
-    def lift(self, members: tuple[tuple[fx.Node, bool], ...]) -> Lifted:
+    def lift(self, sources: tuple[FloatWeight, ...]) -> LiftedWeight:
         """The lifted int8 form of these float weights, made on first request."""
-        if members in self.lifted:
-            return self.lifted[members]
-        tensors = [(meta_tensor(node), transposed) for node, transposed in members]
+        if sources in self.lifted:
+            return self.lifted[sources]
+        tensors = [(meta_tensor(source.placeholder), source.transposed) for source in sources]
         rows = sum(t.shape[1 if transposed else 0] for t, transposed in tensors if t is not None)
         first, transposed = tensors[0]
         assert first is not None
         columns = first.shape[0 if transposed else 1]
-        paths = "+".join(str(node.meta["int8compile_constant"]) for node, _ in members)
+        paths = "+".join(str(node.meta["int8compile_constant"]) for node, _ in sources)
         with self.fake_mode:
             codes = torch.empty((rows, columns), dtype=torch.int8, device=first.device)
-            scale = torch.empty((rows,), dtype=torch.float32, device=first.device)
-        self.lifted[members] = lifted = Lifted(
-            members,
-            self._new_input(f"{members[0][0].name}_int8", f'int8 "{paths}"', codes),
-            self._new_input(f"{members[0][0].name}_scale", f'scale "{paths}"', scale),
+            weight_scale = torch.empty((rows,), dtype=torch.float32, device=first.device)
+        name = sources[0].placeholder.name
+        self.lifted[sources] = lifted = LiftedWeight(
+            sources,
+            self._new_input(f"{name}_int8", f'int8 "{paths}"', codes),
+            self._new_input(f"{name}_scale", f'scale "{paths}"', weight_scale),
         )
         return lifted
 
     def drop_unused_inputs(self) -> None:
         """Remove float weights nothing reads any more, and lifted inputs a later pass replaced."""
         for lifted in list(self.lifted.values()):
-            if not lifted.weight.users and not lifted.scale.users:
+            if not lifted.weight.users and not lifted.weight_scale.users:
                 self.graph.erase_node(lifted.weight)
-                self.graph.erase_node(lifted.scale)
-                del self.lifted[lifted.members]
-        in_int8 = {node for lifted in self.lifted.values() for node, _ in lifted.members}
+                self.graph.erase_node(lifted.weight_scale)
+                del self.lifted[lifted.sources]
+        in_int8 = {source.placeholder for lifted in self.lifted.values() for source in lifted.sources}
         for node in list(self.graph.find_nodes(op="placeholder")):
             if node in in_int8 and not node.users:
                 self.graph.erase_node(node)

@@ -25,7 +25,7 @@ from torch import nn
 
 from int8compile.modules.inplace import carry_hooks, dequantize_
 from int8compile.modules.int8_linear import Int8Linear
-from int8compile.weights.store import Packed, pack
+from int8compile.weights.int8_weight import Int8Weight
 
 
 class LoraInt8Linear(Linear):  # type: ignore[misc]
@@ -38,7 +38,7 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # [N, K] whatever it was made of
-        self._unmerged: tuple[Packed, torch.Tensor | None] | None = None
+        self._unmerged: tuple[Int8Weight, torch.Tensor | None] | None = None
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, Int8Linear)
@@ -70,8 +70,8 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
             raise ValueError(f"NaN or Inf in the weights merged with {', '.join(names)}; nothing was merged")
         if self._unmerged is None:
             before = None if base.bias is None else base.bias.detach().clone()
-            self._unmerged = Packed(base.weight, base.weight_scale), before
-        base.set_packed(pack(weight))
+            self._unmerged = Int8Weight(base.weight, base.weight_scale), before
+        base.set_int8_weight(Int8Weight.quantize(weight))
         if bias is not None:
             base.bias.data = bias
         self.merged_adapters += names
@@ -81,8 +81,8 @@ class LoraInt8Linear(Linear):  # type: ignore[misc]
         if not self.merged or self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, (packed, bias) = self.get_base_layer(), self._unmerged
-        base.set_packed(Packed(*(tensor.to(base.weight.device) for tensor in packed)))
+        base, (before, bias) = self.get_base_layer(), self._unmerged
+        base.set_int8_weight(Int8Weight(*(tensor.to(base.weight.device) for tensor in before)))
         if bias is not None:
             base.bias.data = bias.to(base.bias)
         self._unmerged = None

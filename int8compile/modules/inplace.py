@@ -23,7 +23,7 @@ from int8compile.errors import ModuleError
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear, is_conv1d
 from int8compile.native import providers
 from int8compile.report import GraphReport, Reason, Report, Site, WeightUse
-from int8compile.weights.store import Packed, pack
+from int8compile.weights.int8_weight import Int8Weight
 
 # Linears whose forward is their own and still no more than a linear.
 _KNOWN_LINEARS = ("FalconLinear", "Int8MasterLinear")
@@ -161,20 +161,20 @@ def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
 def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
     """Replace the linears found in a model by their int8 forms, one by one; empties the queue."""
     readers = Counter(id(f.module.weight) for f in linears)
-    shared: dict[int, Packed] = {}
+    shared: dict[int, Int8Weight] = {}
     while linears:
         module, paths = linears[0].module, linears.popleft().paths
         if config.llm_int8_has_fp16_weight:
             _replace(model, paths, module, Int8MasterLinear.from_float(module, config))
             continue
         key = id(module.weight)
-        packed = shared.get(key)
-        if packed is None:
+        int8_weight = shared.get(key)
+        if int8_weight is None:
             assert isinstance(module.weight, torch.Tensor)
-            packed = pack(module.weight, is_conv1d(module))
+            int8_weight = Int8Weight.quantize(module.weight, is_conv1d(module))
             if readers[key] > 1:
-                shared[key] = packed
-        _replace(model, paths, module, Int8Linear.from_float(module, config, packed=packed))
+                shared[key] = int8_weight
+        _replace(model, paths, module, Int8Linear.from_float(module, config, int8_weight=int8_weight))
 
 
 class _Facts:
@@ -321,6 +321,4 @@ def _use(found: Found, config: Int8Config) -> WeightUse:
 
 def _graph_report(found: list[Found], provider: str, config: Int8Config) -> GraphReport:
     sites, uses = [f.site for f in found], [_use(f, config) for f in found]
-    patterns = config.llm_int8_skip_modules
-    unmatched = tuple(p for p in patterns if not any(selection.names(p, site.path) for site in sites))
-    return GraphReport("", provider, sites, uses, unmatched=unmatched)
+    return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites))

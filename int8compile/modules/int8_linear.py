@@ -16,8 +16,8 @@ from torch import nn
 from int8compile.config import Int8Config
 from int8compile.native import providers
 from int8compile.ops import linear, master_linear
-from int8compile.weights.formats import SERIALIZED, read_packed
-from int8compile.weights.store import Packed, pack
+from int8compile.weights.formats import SERIALIZED, read_int8_weight
+from int8compile.weights.int8_weight import Int8Weight
 
 
 class Int8Linear(nn.Module):
@@ -71,11 +71,13 @@ class Int8Linear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.float_dtype))
 
     @classmethod
-    def from_float(cls, module: nn.Module, config: Int8Config | None = None, *, packed: Packed | None = None) -> Any:
+    def from_float(
+        cls, module: nn.Module, config: Int8Config | None = None, *, int8_weight: Int8Weight | None = None
+    ) -> Any:
         """The int8 form of an ``nn.Linear`` or of a GPT-2 ``Conv1D``, with the same bias Parameter.
 
         Args:
-            packed: the int8 form of its weight, if it is at hand.
+            int8_weight: the int8 form of its weight, if it is at hand.
         """
         config = config or Int8Config()
         weight, transposed = module.weight, is_conv1d(module)
@@ -93,12 +95,12 @@ class Int8Linear(nn.Module):
         )
         self.float_type = type(module)
         self.bias = module.bias  # type: ignore[assignment]
-        self.set_packed(packed or pack(weight, transposed))
+        self.set_int8_weight(int8_weight or Int8Weight.quantize(weight, transposed))
         return self.train(module.training)
 
-    def set_packed(self, packed: Packed) -> None:
+    def set_int8_weight(self, int8_weight: Int8Weight) -> None:
         """Take another int8 weight [N, K] and scale [N]; they are not copied."""
-        self.weight, self.weight_scale = packed
+        self.weight, self.weight_scale = int8_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
@@ -108,7 +110,7 @@ class Int8Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
-        return unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype)
+        return Int8Weight(self.weight, self.weight_scale).dequantize(dtype or self.float_dtype)
 
     @property
     def stored_transposed(self) -> bool:
@@ -120,7 +122,8 @@ class Int8Linear(nn.Module):
         if self.stored_transposed:
             with torch.device("meta"):
                 module = self.float_type(self.out_features, self.in_features)
-            weight = unpack(Packed(self.weight, self.weight_scale), dtype or self.float_dtype, transposed=True)
+            int8_weight = Int8Weight(self.weight, self.weight_scale)
+            weight = int8_weight.dequantize(dtype or self.float_dtype, transposed=True)
         else:
             module = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
             weight = self.dequantize(dtype)
@@ -138,14 +141,14 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, casts and shares as every module does, but codes and scales keep their dtypes."""
-        codes, scale = self.weight, self.weight_scale
+        codes, weight_scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)
         # What a cast makes of a float weight shows on an empty one.
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         if self.weight.dtype != codes.dtype:
             self.weight = codes.to(self.weight.device)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        if self.weight_scale.dtype != weight_scale.dtype:
+            self.weight_scale = weight_scale.to(self.weight_scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -153,12 +156,12 @@ class Int8Linear(nn.Module):
         *_, error_messages = args
         entries = {n: state_dict.pop(prefix + n) for n in SERIALIZED if prefix + n in state_dict}
         try:
-            packed = read_packed(entries, prefix, self.weight.shape)
+            int8_weight = read_int8_weight(entries, prefix, self.weight.shape)
         except ValueError as error:
             error_messages.append(str(error))
             return
-        if packed is not None:
-            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = packed
+        if int8_weight is not None:
+            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = int8_weight
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -198,12 +201,6 @@ class Int8MasterLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
-
-
-def unpack(packed: Packed, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
-    """The float weight [N, K] ([K, N] if ``transposed``) that codes stand for; the way back of ``weights.pack``."""
-    weight = (packed.weight.float() * packed.scale.unsqueeze(1)).to(dtype)
-    return weight.t().contiguous() if transposed else weight
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -1,13 +1,14 @@
 """The ``int8compile::`` operator library and the one way an operator is registered in it.
 
-Each operator is a schema, a fake (shapes and dtypes, static), a *reference* body in plain PyTorch that defines
-what the operator means, and, where it has one, a gradient. Native kernels register under their own device key and
-must match the reference. ``Library.define`` is used rather than ``torch.library.custom_op``, which costs four times
-as much a call.
+Each operator is a schema, a check of its arguments, a fake (shapes and dtypes, static), a *reference* body in plain
+PyTorch that defines what the operator means, and, where it has one, a gradient. Native kernels register under their own
+device key and must match the reference. ``Library.define`` is used rather than ``torch.library.custom_op``, which costs
+four times as much a call.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +23,55 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def define(
-    schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], autocast: Callable[..., Any] | None = None
+    schema: str,
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    autocast: str | None = None,
 ) -> torch._ops.OpOverload:
-    """Register ``int8compile::<schema>`` and return it."""
+    """Register ``int8compile::<schema>`` and return it.
+
+    Args:
+        check: raises ValueError for arguments that do not fit; called with them before ``fake`` and ``reference``.
+        fake: makes empty outputs of the right shapes and dtypes.
+        reference: computes them.
+        autocast: the argument that is taken in the autocast dtype, as a float linear's activation is. Beyond that an
+            operator computes the same under autocast as outside.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"int8compile::{name}", fake, lib=LIBRARY)
-    if autocast is not None:
-        for key in ("AutocastCPU", "AutocastCUDA"):
-            LIBRARY.impl(name, autocast, key)
     op: torch._ops.OpOverload = getattr(torch.ops.int8compile, name).default
-    REFERENCES[op] = reference
+    REFERENCES[op] = _checked(check, reference)
+    LIBRARY.impl(name, REFERENCES[op], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int8compile::{name}", _checked(check, fake), lib=LIBRARY)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, _under_autocast(op, autocast), key)
     return op
+
+
+def _checked(check: Callable[..., None], body: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(body)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return body(*args, **kwargs)
+
+    return checked
+
+
+def _under_autocast(op: torch._ops.OpOverload, cast: str | None) -> Callable[..., Any]:
+    """The operator with autocast off, after one argument's cast; the dispatcher gives all arguments by position."""
+    names = [argument.name for argument in op._schema.arguments]
+    at = None if cast is None else names.index(cast)
+
+    def outside(*args: Any) -> Any:
+        device = args[at or 0].device.type
+        if at is not None:
+            args = (*args[:at], args[at].to(torch.get_autocast_dtype(device)), *args[at + 1 :])
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return outside
 
 
 def check(condition: bool, op: str, problem: str) -> None:
@@ -52,6 +89,11 @@ def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None
     """Check a magnitude that activations are compared with: 0, or one that is above 0 as a float32, too."""
     if not (value == 0 or value >= SMALLEST_THRESHOLD):
         check(False, op, f"{name}={value:g}; expected 0 ({meaning_of_0}) or at least 2**-126 (1.2e-38)")
+
+
+def check_outlier_policy(op: str, outlier_policy: str) -> None:
+    known = outlier_policy in ("column", "element")
+    check(known, op, f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'")
 
 
 def check_weight(

@@ -40,29 +40,20 @@ def _check(grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
 
 
 def _fake(grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    _check(grad, weight, weight_scale, dtype)
     return grad.new_empty((*grad.shape[:-1], weight.shape[1]), dtype=dtype)
 
 
 def _reference(
     grad: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    _check(grad, weight, weight_scale, dtype)
     return (grad.float() * weight_scale).to(dtype) @ weight.to(dtype)
-
-
-def _autocast(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """The dtypes are those of the forward pass, whatever autocast says by now."""
-    with torch.autocast(grad.device.type, enabled=False):
-        out: torch.Tensor = input_gradient(grad, *rest)
-    return out
 
 
 input_gradient = define(
     "input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    check=_check,
     fake=_fake,
     reference=_reference,
-    autocast=_autocast,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from int8compile.ops._library import check, check_activation, check_threshold, check_weight, define
+from int8compile.ops._library import check_activation, check_outlier_policy, check_threshold, check_weight, define
 from int8compile.ops.input_gradient import bias_gradient, input_gradient
 from int8compile.ops.quantize_rowwise import quantize_reference
 from int8compile.ops.scaled_mm import product
@@ -26,15 +26,11 @@ def _check(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     threshold: float,
-    outlier_policy: str,
+    outlier_policy: str = "column",
 ) -> None:
     check_activation("linear", x)
     check_threshold("linear", "threshold", threshold, "no outliers")
-    check(
-        outlier_policy in ("column", "element"),
-        "linear",
-        f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'",
-    )
+    check_outlier_policy("linear", outlier_policy)
     check_weight("linear", x.shape[-1], weight, weight_scale, bias)
 
 
@@ -46,7 +42,6 @@ def _fake(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
-    _check(x, weight, weight_scale, bias, threshold, outlier_policy)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -58,27 +53,19 @@ def _reference(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
-    _check(x, weight, weight_scale, bias, threshold, outlier_policy)
     codes, row_scale, columns = quantize_reference(x, threshold)
     outliers = None if threshold == 0 else columns
     smallest = residual_from(threshold, outlier_policy)
     return product(codes, row_scale, x, outliers, weight, weight_scale, bias, x.dtype, smallest)
 
 
-def _autocast(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Like a float linear under autocast: x is taken, and the output given, in the autocast dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        out: torch.Tensor = linear(x.to(dtype), *rest)
-    return out
-
-
 linear = define(
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
     'str outlier_policy="column") -> Tensor',
+    check=_check,
     fake=_fake,
     reference=_reference,
-    autocast=_autocast,
+    autocast="x",
 )
 
 

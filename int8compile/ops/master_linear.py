@@ -4,7 +4,7 @@ Activation and weight are both quantised at each call, so an optimiser's step is
 in evaluation alike. Outlier columns are multiplied with the weight itself, as the paper has it (section 3.2), and not
 with its int8 form (bitsandbytes leaves that as a TODO):
 
-    out[m, n] = row_scale[m] * weight_scale[n] * sum_{k not exact} q[m, k] * wq[n, k]
+    out[m, n] = row_scale[m] * weight_scale[n] * sum_{k not exact} codes[m, k] * weight_codes[n, k]
               + sum_{k exact} x[m, k] * weight[n, k] + bias[n]
 
 *Exact* are the outlier columns (policy "column") or the outlier elements alone (policy "element").
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
-from int8compile.ops._library import check, check_activation, check_threshold, define
+from int8compile.ops._library import check, check_activation, check_outlier_policy, check_threshold, define
 from int8compile.ops.input_gradient import bias_gradient
 from int8compile.ops.quantize_rowwise import quantize_rowwise, rows
 from int8compile.ops.quantize_weight import quantize_weight
@@ -28,7 +28,11 @@ from int8compile.ops.scaled_mm import scaled_mm
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threshold: float, outlier_policy: str
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    outlier_policy: str = "column",
 ) -> None:
     check_activation("master_linear", x)
     check(
@@ -44,11 +48,7 @@ def _check(
     )
     check(bias is None or tuple(bias.shape) == (n,), "master_linear", f"bias is not [{n}]")
     check_threshold("master_linear", "threshold", threshold, "no outliers")
-    check(
-        outlier_policy in ("column", "element"),
-        "master_linear",
-        f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'",
-    )
+    check_outlier_policy("master_linear", outlier_policy)
 
 
 def _fake(
@@ -58,7 +58,6 @@ def _fake(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
-    _check(x, weight, bias, threshold, outlier_policy)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -69,7 +68,6 @@ def _reference(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
-    _check(x, weight, bias, threshold, outlier_policy)
     weight_codes, weight_scale = quantize_weight(weight)
     codes, row_scale, columns = quantize_rowwise(x, threshold)
     values = x.reshape(codes.shape)
@@ -88,19 +86,12 @@ def _reference(
     return result
 
 
-def _autocast(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Like a float linear under autocast; the weight is quantised from what it is."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        out: torch.Tensor = master_linear(x.to(dtype), *rest)
-    return out
-
-
 master_linear = define(
     'master_linear(Tensor x, Tensor weight, Tensor? bias, float threshold, str outlier_policy="column") -> Tensor',
+    check=_check,
     fake=_fake,
     reference=_reference,
-    autocast=_autocast,
+    autocast="x",  # the weight is quantised from what it is
 )
 
 

@@ -19,7 +19,6 @@ def _check(x: torch.Tensor, threshold: float) -> None:
 
 
 def _fake(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, threshold)
     k = x.shape[-1]
     m = rows(x)
     return (
@@ -38,7 +37,7 @@ def rows(x: torch.Tensor) -> int:
 
 
 def quantize_reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, threshold)
+    """x [..., K] to codes [M, K], row scales [M] and outlier columns [K]."""
     values = x.reshape(rows(x), x.shape[-1]).float()
     magnitudes = values.abs()
     if threshold == 0:
@@ -48,23 +47,16 @@ def quantize_reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor,
         outliers = outlier_elements.any(dim=0)
         values = torch.where(outlier_elements, 0.0, values)
         magnitudes = torch.where(outlier_elements, 0.0, magnitudes)
-    codes, scale = row_codes(values, row_absmax(magnitudes))
-    return codes, scale, outliers
-
-
-def _autocast(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Like a float linear under autocast, the codes are those of x in the autocast dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = quantize_rowwise(x.to(dtype), threshold)
-    return codes
+    codes, row_scale = row_codes(values, row_absmax(magnitudes))
+    return codes, row_scale, outliers
 
 
 quantize_rowwise = define(
     "quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    check=_check,
     fake=_fake,
     reference=quantize_reference,
-    autocast=_autocast,
+    autocast="x",
 )
 
 

@@ -45,16 +45,19 @@ def _check(weight: torch.Tensor) -> None:
 
 
 def _fake(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(weight)
     n, k = weight.shape
     return weight.new_empty((n, k), dtype=torch.int8), weight.new_empty((n,), dtype=torch.float32)
 
 
 def _reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(weight)
     values = weight.float()
-    codes, scale = row_codes(values, row_absmax(values.abs()))
-    return codes.contiguous(), scale
+    codes, weight_scale = row_codes(values, row_absmax(values.abs()))
+    return codes.contiguous(), weight_scale
 
 
-quantize_weight = define("quantize_weight(Tensor weight) -> (Tensor, Tensor)", fake=_fake, reference=_reference)
+quantize_weight = define(
+    "quantize_weight(Tensor weight) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+)

@@ -3,11 +3,11 @@
 The one-pass form of LLM.int8() equation 8. Outlier columns are not taken out of the int8 product: outlier elements
 have code 0 there, and what the codes leave over in an outlier column,
 
-    r[m, t] = x[m, t] - row_scale[m] * q[m, t]        (rounded to x's dtype),
+    r[m, t] = x[m, t] - row_scale[m] * codes[m, t]        (rounded to x's dtype),
 
 is multiplied in 16 bits with the int8 weight, which 16 bits hold exactly:
 
-    sum[m, n] = row_scale[m] * sum_k q[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]
+    sum[m, n] = row_scale[m] * sum_k codes[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]
     out[m, n] = weight_scale[n] * sum[m, n] + bias[n]
 
 ``outliers=None`` leaves the outlier product out (threshold 0). ``residual_from`` > 0 keeps it to the elements of at
@@ -38,7 +38,7 @@ def product(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    residual_from: float,
+    residual_from: float = 0.0,
 ) -> torch.Tensor:
     """The body of ``scaled_mm`` and, after quantising, of ``linear``."""
     m, k = codes.shape
@@ -57,7 +57,7 @@ def product(
 
 
 def _check(
-    q: torch.Tensor,
+    codes: torch.Tensor,
     row_scale: torch.Tensor,
     x: torch.Tensor,
     outliers: torch.Tensor | None,
@@ -65,12 +65,12 @@ def _check(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    residual_from: float,
+    residual_from: float = 0.0,
 ) -> None:
     check_activation("scaled_mm", x)
     m, k = rows(x), x.shape[-1]
     for name, tensor, dtype, shape in (
-        ("q", q, torch.int8, (m, k)),
+        ("codes", codes, torch.int8, (m, k)),
         ("row_scale", row_scale, torch.float32, (m,)),
         ("outliers", outliers, torch.bool, (k,)),
     ):
@@ -90,7 +90,7 @@ def _kind(tensor: torch.Tensor | None) -> str:
 
 
 def _fake(
-    q: torch.Tensor,
+    codes: torch.Tensor,
     row_scale: torch.Tensor,
     x: torch.Tensor,
     outliers: torch.Tensor | None,
@@ -100,41 +100,17 @@ def _fake(
     out_dtype: torch.dtype,
     residual_from: float = 0.0,
 ) -> torch.Tensor:
-    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
-def _reference(
-    q: torch.Tensor,
-    row_scale: torch.Tensor,
-    x: torch.Tensor,
-    outliers: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    residual_from: float = 0.0,
-) -> torch.Tensor:
-    _check(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
-    return product(q, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from)
-
-
-def _autocast(
-    q: torch.Tensor, row_scale: torch.Tensor, x: torch.Tensor, outliers: torch.Tensor | None, *rest: Any
-) -> torch.Tensor:
-    """Under autocast ``quantize_rowwise`` quantised x in the autocast dtype, so the residual is of that x too."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        out: torch.Tensor = scaled_mm(q, row_scale, x.to(dtype), outliers, *rest)
-    return out
-
-
+# Under autocast ``quantize_rowwise`` quantised x in the autocast dtype, so the residual is of that x too.
 scaled_mm = define(
-    "scaled_mm(Tensor q, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
+    "scaled_mm(Tensor codes, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",
+    check=_check,
     fake=_fake,
-    reference=_reference,
-    autocast=_autocast,
+    reference=product,
+    autocast="x",
 )
 
 

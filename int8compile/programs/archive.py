@@ -3,9 +3,9 @@
 The file is PyTorch's own ``.pt2`` archive (a zip: the graph as JSON, each tensor as raw bytes), with one record more,
 ``extra/int8compile.json``:
 
-    format_version    of this layout; ``load`` takes its own and older ones
+    format_version    of this layout and of the operators' schemas; ``load`` takes its own
     int8compile, torch    the versions that wrote it
-    records    each other record's size and checksum, since version 2: none is missing, new or from another file
+    records    each other record's size and checksum: none is missing, new or from another file
     config, report    what ``export`` was told and what it did, as far as the program comes from there
     example_inputs    shapes and dtypes, from which ``load`` makes zeros (``package`` needs example inputs)
 
@@ -46,7 +46,7 @@ from int8compile.programs.model_json import check_model, check_payload, parse
 from int8compile.programs.records import Records
 from int8compile.programs.saved_inputs import described, zeros
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _KIND = "a file of int8compile.save"
 _OURS = "extra/int8compile.json"
@@ -126,7 +126,7 @@ def load(
             (``["torchvision"]``). Import the library first, and name it only if you trust the file with what it can do.
 
     Raises:
-        ProgramFileError: the file was not written by ``save``, is damaged, is of a newer format, holds something that
+        ProgramFileError: the file was not written by ``save``, is damaged, is of another format, holds something that
             would have to be unpickled or run, or refers to classes or operators that are unknown here.
         FileNotFoundError: there is no such file.
         KernelBuildError: ``kernels="native"``, and there are none.
@@ -166,20 +166,21 @@ def _about(records: Records) -> dict[str, Any]:
         raise ProgramFileError(f"{name} was not written by int8compile.save: {_what_else(records.names())}")
     about = _json(records, _OURS, strict=False)
     version = about.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
-        raise ProgramFileError(
-            f"{name} has format version {version}, written by int8compile {about.get('int8compile')}; this is "
-            f"int8compile {int8compile.__version__}, which reads up to version {FORMAT_VERSION}: install a newer one"
-        )
     if type(version) is not int or version < 1:
         raise records.damaged(f"{_OURS} has format version {version!r}; expected a number from 1 to {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        way_out = "install a newer one" if version > FORMAT_VERSION else "export the model again"
+        raise ProgramFileError(
+            f"{name} has format version {version}, written by int8compile {about.get('int8compile')}; this is "
+            f"int8compile {int8compile.__version__}, which reads version {FORMAT_VERSION}: {way_out}"
+        )
     unknown = about.keys() - _FIELDS
     texts = all(type(about.get(key)) is str for key in ("int8compile", "torch"))
     objects = all(type(about.get(key, {})) is dict for key in _FROM_EXPORT)
     if unknown or not texts or not objects:
         raise records.damaged(f"{_OURS} is not as int8compile.save writes it")
     written = {key: [records[key].size, records[key].crc] for key in records.names() if key != _OURS}
-    if version >= 2 and about.get("records") != written:
+    if about.get("records") != written:
         raise records.damaged("its records are not those that were written")
     return about
 

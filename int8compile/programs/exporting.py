@@ -29,13 +29,14 @@ from int8compile import session
 from int8compile.backend import announce, rewrite_capture
 from int8compile.config import Int8Config
 from int8compile.errors import ExportError, OptionValueError
-from int8compile.graph.capture import Capture, Lifted, copied_graph, mark_constant_as
+from int8compile.graph.capture import Capture, LiftedWeight, copied_graph, mark_constant_as
 from int8compile.graph.dump import meta_value
 from int8compile.native import providers
 from int8compile.programs.training_mode import modules_in_training
 from int8compile.report import GraphReport, Report
 from int8compile.torch_internals.dynamo import fake_mode_of
-from int8compile.weights.store import Member, Packed, WeightStore
+from int8compile.weights.int8_weight import FloatWeight, Int8Weight
+from int8compile.weights.store import WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +202,10 @@ def _assemble(
     specs = dict(zip(captured.examples, program.graph_signature.input_specs, strict=True))
     gone = {spec.target for node, spec in specs.items() if node not in kept}
     state = {name: _frozen(value) for name, value in program.state_dict.items() if name not in gone}
-    for done, (lifted, name, packed) in enumerate(_packed(captured, state), 1):
+    for done, (lifted, name, int8_weight) in enumerate(_int8_weights(captured, state), 1):
         tell("quantise weights", done, len(captured.lifted))
-        for node, suffix, value in zip((lifted.weight, lifted.scale), ("int8", "scale"), packed, strict=True):
+        values = zip((lifted.weight, lifted.weight_scale), ("int8", "scale"), int8_weight, strict=True)
+        for node, suffix, value in values:
             target = f"{name}_{suffix}"
             state[target] = value
             specs[node] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), target, persistent=True)
@@ -228,11 +230,11 @@ def _frozen(value: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, torch.nn.Parameter) else value
 
 
-def _packed(captured: Capture, taken: Mapping[str, object]) -> Iterator[tuple[Lifted, str, Packed]]:
+def _int8_weights(captured: Capture, taken: Mapping[str, object]) -> Iterator[tuple[LiftedWeight, str, Int8Weight]]:
     """Each lifted weight with the name of its buffers and their values."""
     store = WeightStore()
     for lifted in captured.lifted.values():
-        members = [Member(captured.examples[node], transposed) for node, transposed in lifted.members]
+        members = [FloatWeight(captured.examples[node], transposed) for node, transposed in lifted.sources]
         yield lifted, _buffer_name(lifted, taken), store.resolve(members)
 
 
@@ -255,9 +257,9 @@ def _call_graph(program: torch.export.ExportedProgram) -> list[ModuleCallEntry]:
     return [whole, *(dataclasses.replace(entry, signature=None) for entry in rest)]
 
 
-def _buffer_name(lifted: Lifted, taken: Collection[str]) -> str:
+def _buffer_name(lifted: LiftedWeight, taken: Collection[str]) -> str:
     """Where a lifted weight's buffers go, without ``_int8`` and ``_scale``, which make it a name of its own."""
-    name = unique = joined_path([str(node.meta["int8compile_constant"]) for node, _ in lifted.members])
+    name = unique = joined_path([str(node.meta["int8compile_constant"]) for node, _ in lifted.sources])
     number = 2
     while f"{unique}_int8" in taken or f"{unique}_scale" in taken:
         unique, number = f"{name}_{number}", number + 1

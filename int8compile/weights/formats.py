@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 
 from int8compile.errors import CheckpointError, OptionValueError
-from int8compile.weights.store import Packed
+from int8compile.weights.int8_weight import Int8Weight
 
 FORMATS = ("int8compile", "bitsandbytes", "compressed-tensors")
 
@@ -30,20 +30,20 @@ FORMATS = ("int8compile", "bitsandbytes", "compressed-tensors")
 SERIALIZED = ("weight", "weight_scale", "SCB", "weight_format")
 
 
-def entries(packed: Packed, format: str) -> dict[str, torch.Tensor]:
+def entries(int8_weight: Int8Weight, format: str) -> dict[str, torch.Tensor]:
     """The entries of one int8 linear in a format, by their names in the module."""
-    weight, scale = packed
+    weight, weight_scale = int8_weight
     if format == "int8compile":
-        return {"weight": weight, "weight_scale": scale}
+        return {"weight": weight, "weight_scale": weight_scale}
     if format == "compressed-tensors":
-        return {"weight": weight, "weight_scale": scale.unsqueeze(1)}
+        return {"weight": weight, "weight_scale": weight_scale.unsqueeze(1)}
     if format == "bitsandbytes":
         layout = torch.zeros((), dtype=torch.uint8, device=weight.device)
-        return {"weight": weight, "SCB": absmax_of(scale), "weight_format": layout}
+        return {"weight": weight, "SCB": absmax_of(weight_scale), "weight_format": layout}
     raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
 
 
-def read_packed(found: dict[str, torch.Tensor], prefix: str, shape: Iterable[int]) -> Packed | None:
+def read_int8_weight(found: dict[str, torch.Tensor], prefix: str, shape: Iterable[int]) -> Int8Weight | None:
     """The int8 form in a checkpoint's entries for one linear, not copied; None if there are none.
 
     Args:
@@ -78,21 +78,21 @@ def read_packed(found: dict[str, torch.Tensor], prefix: str, shape: Iterable[int
         problem = f"is {scale.dtype} {list(scale.shape)}"
         raise CheckpointError(f"{prefix}{name}", problem, f"float32 {list(shape[:1])}")
     # Who cast a bitsandbytes model before saving it has its SCB in 16 bits.
-    return Packed(weight, scale.float() / 127.0 if name == "SCB" else scale)
+    return Int8Weight(weight, scale.float() / 127.0 if name == "SCB" else scale)
 
 
-def absmax_of(scale: torch.Tensor) -> torch.Tensor:
-    """The absmax whose 127th is a scale, to the bit: ``scale * 127`` or one of its neighbours.
+def absmax_of(weight_scale: torch.Tensor) -> torch.Tensor:
+    """The absmax whose 127th is a weight's scale, to the bit: ``weight_scale * 127`` or one of its neighbours.
 
     Where two have the same 127th it is the even one: absmaxes of 16-bit weights, which bitsandbytes' all are, end in
     zeros, and so come back as they were.
     """
-    product = scale * 127.0
+    product = weight_scale * 127.0
     best, best_rank = product, torch.zeros_like(product, dtype=torch.int32)
     for limit in (None, float("inf"), float("-inf")):
-        candidate = product if limit is None else torch.nextafter(product, torch.full_like(scale, limit))
+        candidate = product if limit is None else torch.nextafter(product, torch.full_like(weight_scale, limit))
         even = candidate.view(torch.int32) % 2 == 0
-        rank = (candidate / 127.0 == scale) * torch.where(even, 2, 1)
+        rank = (candidate / 127.0 == weight_scale) * torch.where(even, 2, 1)
         best, best_rank = torch.where(rank > best_rank, candidate, best), torch.maximum(rank, best_rank)
     return best
 

@@ -50,9 +50,8 @@ def restore_weights_(weights: torch.nn.Module | torch.Tensor) -> int:
         found = STORE.released(tensor)
         if found is None:
             continue
-        packed, transposed = found
-        values = packed.weight.float() * packed.scale.unsqueeze(1)
-        tensor.data = (values.t() if transposed else values).to(tensor.dtype).contiguous()
+        int8_weight, transposed = found
+        tensor.data = int8_weight.dequantize(tensor.dtype, transposed)
         count += 1
     return count
 

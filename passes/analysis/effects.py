@@ -31,6 +31,7 @@ is AOTAutograd's guard, for weights the runner's (``int8compile/backend.py``).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from int8compile.graph.dump import meta_value
+from int8compile.passes.analysis.arguments import bind
 from int8compile.torch_internals.operators import is_higher_order, overloads_of, run_on_fakes
 
 #: memory that may be any other
@@ -182,7 +184,7 @@ def _overlap(a: Memory, b: Memory) -> bool:
 
 def _own_storages(node: fx.Node) -> Memory | None:
     """The storages of a node's value; None where they are not known."""
-    if _body(node) is not None or node.op == "output":
+    if graph_behind(node) is not None or node.op == "output":
         return frozenset()
     known = "example_value" in node.meta or "val" in node.meta
     return _storages(meta_value(node)) if known else None
@@ -260,13 +262,8 @@ def _written_arguments(overload: torch._ops.OpOverload, args: Any, kwargs: Any) 
     schema = overload._schema
     if _is_pure(schema):
         return []
-    positional = [a for a in schema.arguments if not a.kwarg_only]
-    if len(args) > len(positional) and str(positional[-1].type) in ("List[int]", "List[SymInt]"):
-        args = (*args[: len(positional) - 1], args[len(positional) - 1 :])  # x.resize_(2, 3)
-    if len(args) > len(positional) or not set(kwargs) <= {a.name for a in schema.arguments}:
-        return None
-    given = dict(zip((a.name for a in positional), args, strict=False)) | dict(kwargs)
-    if any(a.name not in given and not a.has_default_value() for a in schema.arguments):
+    given = bind(schema, args, kwargs)
+    if given is None:
         return None
     names = [a.name for a in schema.arguments if _is_written(a)]
     reshapes = torch.Tag.inplace_view in overload.tags
@@ -284,13 +281,37 @@ def _is_written(argument: Any) -> bool:
     return bool(marked or argument.name.startswith("running_"))
 
 
+def only_computes(node: fx.Node) -> bool:
+    """Whether a call does nothing but give its value, so that it may go where nothing reads that.
+
+    It writes to nothing, draws no random numbers and checks nothing. What is not known may do all of them.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "get_attr"
+    if node.target is operator.getitem or node.target is getattr:
+        return True
+    if is_higher_order(node) or node.is_impure():
+        return False
+    overloads = [o for o in overloads_of(node.target) if _may_be_called(o._schema, node.kwargs)]
+    if overloads:
+        return all(map(_gives_its_value_alone, overloads))
+    called: list[torch._ops.OpOverload] = []
+    ran = run_on_fakes(node, meta_value, lambda overload, args, kwargs: called.append(overload))
+    return ran and bool(called) and all(map(_gives_its_value_alone, called))
+
+
+def _gives_its_value_alone(overload: torch._ops.OpOverload) -> bool:
+    schema = overload._schema
+    return _is_pure(schema) and bool(schema.returns) and torch.Tag.nondeterministic_seeded not in overload.tags
+
+
 def _only_calls_pure_graphs(node: fx.Node) -> bool:
     """Whether a higher-order operator is one that calls graphs, none of which writes to what it is given."""
-    bodies = [body for argument in node.all_input_nodes if (body := _body(argument)) is not None]
+    bodies = [body for argument in node.all_input_nodes if (body := graph_behind(argument)) is not None]
     return node.target.name() in _CALLERS and bool(bodies) and not any(map(_writes_outside, bodies))  # type: ignore[union-attr,operator]
 
 
-def _body(node: fx.Node) -> fx.GraphModule | None:
+def graph_behind(node: fx.Node) -> fx.GraphModule | None:
     """The graph that a ``get_attr`` node stands for, as an argument of a higher-order operator."""
     value: object = node.graph.owning_module
     for name in str(node.target).split(".") if node.op == "get_attr" else ():

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from int8compile.graph.capture import Capture, is_constant
-from int8compile.graph.dump import meta_tensor
+from int8compile.graph.capture import Capture, is_constant, site_path
+from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
 from int8compile.passes.analysis import transformed
+from int8compile.passes.analysis.arguments import arguments
+from int8compile.passes.analysis.effects import graph_behind
+from int8compile.passes.analysis.fused import FUSED
+from int8compile.passes.analysis.linears import match_linear, resolve_transposes
+from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
-from int8compile.passes.expand import FUSED
-from int8compile.passes.normalize import float_site, match_linear
-from int8compile.passes.quantize import prequantized_site
 from int8compile.report import Reason, Site, WeightUse
+
+
+def make_site(node: fx.Node, weight: fx.Node, reason: Reason, detail: str = "", *, transposed: bool = False) -> Site:
+    """The site of a linear.
+
+    Args:
+        node: what computes it; the site's dtype is that of its (first) result.
+        weight: what it multiplies by, [N, K], or [K, N] if ``transposed``: a parameter, or any view of one.
+    """
+    rows = rows_of_constant(weight)
+    value = meta_tensor(weight)
+    shape = () if value is None else tuple(value.shape[::-1] if transposed else value.shape)
+    n, k = shape if len(shape) == 2 else (0, shape[0] if shape else 0)
+    results = [leaf for leaf in pytree.tree_leaves(meta_value(node)) if isinstance(leaf, torch.Tensor)]
+    dtype = str(results[0].dtype).removeprefix("torch.") if results else "?"
+    path = site_path(node, rows.root if rows else resolve_transposes(weight)[0])
+    return Site(path, int(k), int(n), dtype, reason, detail or (f"rows {rows.start}:{rows.stop}" if rows else ""))
+
+
+def prequantized_site(node: fx.Node) -> Site:
+    """The site of an ``int8compile.linear`` or ``master_linear`` that the user's model calls itself."""
+    detail = "16-bit weight" if node.target is master_linear else ""
+    return make_site(node, arguments(node)["weight"], Reason.PREQUANTIZED, detail)
 
 
 def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
@@ -26,44 +52,37 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
     for node in graph.nodes:
         if node in context.sites:
             sites.append(context.sites[node])
-        elif node.op == "get_attr" and isinstance(
-            body := _attribute(context.capture.gm, str(node.target)), fx.GraphModule
-        ):
-            sites += [float_site(n, Reason.NESTED) for n in body.graph.nodes if match_linear(n)]
-        elif match_linear(node):
-            sites.append(float_site(node, Reason.NESTED if node in inside else Reason.DISABLED))
-        elif node.op == "call_function" and node.target in (int8_linear, master_linear) and node.args[1] not in lifted:
-            sites.append(prequantized_site(node))
+        elif (body := graph_behind(node)) is not None:
+            sites += [site for n in body.graph.nodes if (site := _float_site(n, Reason.NESTED))]
+        elif site := _float_site(node, Reason.NESTED if node in inside else Reason.DISABLED):
+            sites.append(site)
+        elif node.op == "call_function" and node.target in (int8_linear, master_linear):
+            if arguments(node)["weight"] not in lifted:
+                sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
             sites += _fused_sites(node, context)
     return sites
 
 
+def _float_site(node: fx.Node, reason: Reason) -> Site | None:
+    """The site of a linear that stays as it is; None for any other node."""
+    linear = match_linear(node)
+    return None if linear is None else make_site(node, linear.weight, reason, transposed=linear.transposed)
+
+
 def _fused_sites(node: fx.Node, context: PassContext) -> list[Site]:
     """A site for each weight that a fused call multiplies by: its matrices that are parameters (a mask is none)."""
-    sites = []
-    for weight in filter(is_constant, node.all_input_nodes):
-        value = meta_tensor(weight)
-        if value is None or value.dim() != 2 or not isinstance(context.capture.examples[weight], torch.nn.Parameter):
-            continue
-        path = str(weight.meta["int8compile_constant"]).removesuffix(".weight")
-        dtype = str(value.dtype).removeprefix("torch.")
-        sites.append(Site(path, int(value.shape[1]), int(value.shape[0]), dtype, Reason.FUSED))
-    return sites
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> object:
-    value: object = gm
-    for name in target.split("."):
-        value = getattr(value, name, None)
-    return value
+    examples = context.capture.examples
+    parameters = [n for n in node.all_input_nodes if is_constant(n) and isinstance(examples[n], torch.nn.Parameter)]
+    values = [(weight, meta_tensor(weight)) for weight in parameters]
+    return [make_site(node, weight, Reason.FUSED) for weight, value in values if value is not None and value.dim() == 2]
 
 
 def weight_uses(captured: Capture) -> list[WeightUse]:
     """Bytes of every parameter and buffer the graph reads or read."""
     forms: dict[fx.Node, dict[bool, int]] = {}
     for lifted in captured.lifted.values():
-        for node, transposed in lifted.members:
+        for node, transposed in lifted.sources:
             value = meta_tensor(node)
             assert value is not None
             forms.setdefault(node, {})[transposed] = value.numel() + 4 * value.shape[1 if transposed else 0]

@@ -44,6 +44,7 @@ def rows_of_constant(node: fx.Node) -> Rows | None:
     if storage_of(whole) != storage_of(part):
         return None
     same = part.dim() == 2 and part.dtype == whole.dtype and part.shape[1:] == whole.shape[1:]
+    same = same and part.is_neg() == whole.is_neg()
     if not same or not part.is_contiguous() or not whole.is_contiguous() or part.shape[1] == 0:
         return None
     start, rest = divmod(int(part.storage_offset() - whole.storage_offset()), int(part.shape[1]))

@@ -18,12 +18,14 @@ import click
 import pytest
 import torch
 import typer
-from documents import DOCUMENTS, ROOT, Block, blocks, commands, first_column, inline_code
+from checkout import ROOT
+from documents import DOCUMENTS, Block, blocks, commands, first_column, inline_code
 
 import int8compile
 from int8compile import errors
 from int8compile.cli.app import app
-from int8compile.config import PASS_NAMES, Int8Config
+from int8compile.config import Int8Config
+from int8compile.passes import PIPELINE
 from int8compile.report import Reason
 
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
@@ -114,6 +116,9 @@ def check_module(words: list[str]) -> None:
     module, arguments = words[1], words[2:]
     spec = importlib.util.find_spec(module)
     assert spec is not None, module
+    if spec.submodule_search_locations is not None:
+        module += ".__main__"
+        assert importlib.util.find_spec(module) is not None, module
     if arguments and module.split(".")[0] in ("benchmarks", "examples"):
         check_options(importlib.import_module(module).main, module, arguments)
 
@@ -216,7 +221,23 @@ def test_the_picture_is_that_of_the_results():
 
 
 def test_every_pass_is_documented():
+    names = [rewrite.__name__ for rewrite in PIPELINE]
     for page in ("docs/architecture.md", "docs/options.md"):
         text = (ROOT / page).read_text()
-        at = [text.index(f"`{name}`", text.index("`expand`")) for name in PASS_NAMES]
+        at = [text.index(f"`{name}`", text.index("`expand`")) for name in names]
         assert at == sorted(at), f"{page} names the passes in another order"
+
+
+def test_recipes_name_what_the_files_hold():
+    recipes = " ".join((ROOT / "docs/contributing.md").read_text().split())
+    for path, name in {
+        "passes/analysis/linears.py": "match_linear",
+        "passes/__init__.py": "PIPELINE",
+        "int8compile/ops/_library.py": "define",
+        "csrc/cpu/kernels.h": "Kernels",
+        "int8compile/report.py": "Reason",
+        "tests/helpers/model_zoo.py": "ZOO",
+    }.items():
+        assert f"`{path}`" in recipes
+        assert f"`{name}`" in recipes
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"

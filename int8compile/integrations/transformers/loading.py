@@ -12,8 +12,8 @@ from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError
 from int8compile.modules.inplace import is_float_linear, matrix_shape
 from int8compile.modules.int8_linear import Int8Linear, is_conv1d
-from int8compile.weights.formats import read_packed
-from int8compile.weights.store import Packed, pack
+from int8compile.weights.formats import read_int8_weight
+from int8compile.weights.int8_weight import Int8Weight
 
 Entries = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
                 _to_float_skeleton(model, path, module, missing_keys)
                 result[key] = value
                 continue
-            result |= _tensors(path, pack(value, module.stored_transposed))
+            result |= _tensors(path, Int8Weight.quantize(value, module.stored_transposed))
             self.loaded.add(path)
         return result
 
@@ -88,13 +88,13 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
                 _to_float_skeleton(model, path, module, missing_keys)
             codes = weight.flatten(1)  # without what marks the first one
             return {full_layer_name: codes.t() if is_conv1d(model.get_submodule(path)) else codes}
-        packed = read_packed(found, f"{path}.", shape)
-        assert packed is not None
+        int8_weight = read_int8_weight(found, f"{path}.", shape)
+        assert int8_weight is not None
         if not isinstance(module, Int8Linear):
             model.set_submodule(path, Int8Linear.from_float(module, self.config))
         untie_(model, path)
         self.loaded.add(path)
-        return _tensors(path, packed)
+        return _tensors(path, int8_weight)
 
 
 def untie_(model: Any, path: str) -> None:
@@ -105,8 +105,8 @@ def untie_(model: Any, path: str) -> None:
             del tied[target]
 
 
-def _tensors(path: str, packed: Packed) -> Entries:
-    return {f"{path}.weight": packed.weight, f"{path}.weight_scale": packed.scale}
+def _tensors(path: str, int8_weight: Int8Weight) -> Entries:
+    return {f"{path}.{name}": tensor for name, tensor in int8_weight._asdict().items()}
 
 
 def _to_float_skeleton(model: Any, path: str, module: Int8Linear, missing_keys: set[str] | None) -> None:

@@ -12,9 +12,9 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from int8compile.integrations.transformers import bitsandbytes
 from int8compile.modules.inplace import is_float_linear, is_offloaded
-from int8compile.modules.int8_linear import Int8Linear, unpack
+from int8compile.modules.int8_linear import Int8Linear
 from int8compile.weights.formats import entries, mark
-from int8compile.weights.store import Packed
+from int8compile.weights.int8_weight import Int8Weight
 
 
 def linear_paths(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -36,19 +36,19 @@ def state_dict(model: nn.Module, format: str, as_float: Collection[str] = ()) ->
         if not isinstance(module, Int8Linear):
             continue
         names = {name: f"{path}.{name}" for name in ("weight", "weight_scale")}
-        packed = Packed(*(result.pop(name) for name in names.values()))
+        int8_weight = Int8Weight(*(result.pop(name) for name in names.values()))
         if is_offloaded(module):  # mapped from where it is, not read
-            packed = Packed(*(load_offloaded_parameter(model, name) for name in names.values()))
+            int8_weight = Int8Weight(*(load_offloaded_parameter(model, name) for name in names.values()))
         if path in as_float:
-            result[names["weight"]] = unpack(packed, module.float_dtype, module.stored_transposed)
+            result[names["weight"]] = int8_weight.dequantize(module.float_dtype, module.stored_transposed)
             continue
-        if (place := packed.weight.data_ptr()) in written:  # transformers would leave out what two linears share
-            packed = Packed(*(tensor.clone() for tensor in packed))
+        if (place := int8_weight.weight.data_ptr()) in written:  # transformers would leave out what two linears share
+            int8_weight = Int8Weight(*(tensor.clone() for tensor in int8_weight))
         written.add(place)
-        for name, tensor in entries(packed, format).items():
+        for name, tensor in entries(int8_weight, format).items():
             result[f"{path}.{name}"] = tensor
         if not marked:
-            result[names["weight"]], marked = mark(packed.weight), True
+            result[names["weight"]], marked = mark(int8_weight.weight), True
     return dict(result)
 
 

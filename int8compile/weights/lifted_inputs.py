@@ -1,0 +1,86 @@
+"""What fills a compiled graph's lifted inputs, at each of its calls.
+
+A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
+or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks for them at each call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from int8compile.torch_internals.operators import is_fake
+from int8compile.weights.int8_weight import FloatWeight, Int8Weight
+from int8compile.weights.stamps import unchanged_from_now
+from int8compile.weights.store import Entry, WeightStore
+
+_Unchanged = Callable[[list[torch.Tensor]], bool]
+
+
+class LiftedInput(NamedTuple):
+    """An int8 weight that a compiled graph takes: which of the graph's arguments it is made of.
+
+    Args:
+        members: position of each float weight, and whether it is stored [K, N].
+        release: called with each of them once the int8 form exists, to free its storage.
+    """
+
+    members: tuple[tuple[int, bool], ...]
+    release: Callable[[torch.Tensor], None] | None = None
+
+
+class LiftedInputs:
+    """All lifted inputs of one compiled graph, at each of its calls.
+
+    As long as no weight has changed, which one check tells for all of them, they are what they were at the last call.
+    That is only a shortcut past the store, and a weak one, so that no int8 form outlives its weight for its sake.
+
+    Args:
+        written: positions of the arguments that the graph writes to.
+    """
+
+    def __init__(self, store: WeightStore, inputs: Sequence[LiftedInput], written: Sequence[int] = ()) -> None:
+        self._store, self._inputs, self._written = store, inputs, written
+        self._positions = sorted({position for lifted in inputs for position, _ in lifted.members})
+        # Of the last call: whether weights are what they were, the entries, and the weights' storages.
+        self._last: tuple[_Unchanged, list[weakref.ref[Entry]], set[int]] | None = None
+
+    def fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Int8 weight and scale of each lifted input, for the arguments as they are now.
+
+        None if an argument that the graph writes to lies in a weight's memory: that weight changes in mid-call.
+        """
+        weights = [args[position] for position in self._positions]
+        last = self._last  # read once: another thread may put a new one
+        if last is None or not last[0](weights):
+            return self._resolve(args, weights)
+        if self._written and self._overlap(args, last[2]):
+            return None
+        inputs: list[torch.Tensor] = []
+        for entry_of in last[1]:
+            entry = entry_of()
+            if entry is None:
+                return self._resolve(args, weights)
+            inputs += entry.int8_weight
+        return inputs
+
+    def _overlap(self, args: Sequence[torch.Tensor], storages: set[int]) -> bool:
+        return any(args[position].untyped_storage()._cdata in storages for position in self._written)
+
+    def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.members] for lifted in self._inputs]
+        if is_fake(weights[0]):
+            # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
+            with weights[0].fake_mode:
+                return [tensor for group in groups for tensor in Int8Weight.empty(group)]
+        storages = {weight.untyped_storage()._cdata for weight in weights}
+        if self._overlap(args, storages):
+            return None
+        unchanged = unchanged_from_now(weights)  # first: a change from here on is then seen
+        pairs = zip(groups, self._inputs, strict=True)
+        entries = [self._store.entry(group, lifted.release) for group, lifted in pairs]
+        self._last = unchanged, [weakref.ref(entry) for entry in entries], storages
+        return [tensor for entry in entries for tensor in entry.int8_weight]

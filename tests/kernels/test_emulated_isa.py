@@ -1,0 +1,80 @@
+"""csrc/cpu's files for AVX512, VNNI and AMX, on an emulated CPU: exact about what the instructions compute and refuse.
+
+They are compiled with ``emulated_isa/immintrin.h`` in place of the compiler's own, with sanitizers, and run against the
+portable provider and plain loops. What this cannot show is speed, and what a compiler makes of the real intrinsics:
+``test_cpu_kernels.py`` runs every instruction set that the CPU has.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from checkout import HELPERS
+from kernel_programs import Mistake, Recipe, link, run
+
+#: The rest of csrc/cpu needs torch, or AVX2. What is not on trial here is compiled plain.
+EMULATED = Recipe(
+    flags=("-Og", "-DINT8COMPILE_EMULATED_ISA", f"-I{HELPERS / 'emulated_isa'}"),
+    names=("amx", "avx512vnni", "avxvnni", "product", "portable", "providers", "selfcheck", "cpu_features"),
+    plain=("portable", "providers", "selfcheck", "cpu_features"),
+)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> list[Path]:
+    return EMULATED.compile_objects(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def program(objects, tmp_path_factory) -> Path:
+    return link(objects, tmp_path_factory.mktemp("program") / "check")
+
+
+ISAS = ("portable", "avxvnni", "avx512vnni", "amx")
+
+
+def test_providers_compute_what_the_portable_one_does(program):
+    checks = [("kernels", isa) for isa in reversed(ISAS)] + [("product", isa) for isa in ISAS] + [("selfcheck",)]
+    with ThreadPoolExecutor(2) as pool:
+        for check, done in zip(checks, pool.map(lambda words: run(program, *words), checks), strict=True):
+            assert (done.returncode, done.stdout) == (0, "right\n"), (check, done.stdout, done.stderr)
+
+
+FAST = [
+    Mistake("amx.cpp", "_tile_dpbssd(3, 5, 6)", "_tile_dpbssd(3, 4, 6)", "amx", "kernels amx", "wrong: multiply"),
+    Mistake("amx.cpp", "i < 6 ? cols", "i > 3 && i < 6 ? cols", "amx", "kernels amx", "#UD: tdpbssd: rows of"),
+    Mistake("product.cpp", "? 1 : kPackRows,", "? 1 : 8,", "product", "product amx", "heap-buffer-overflow"),
+]
+SLOW = [
+    Mistake("amx.cpp", "block.k - kFragment;", "i * kFragment;", "amx", "kernels amx", "heap-buffer-overflow"),
+    Mistake("vnni.h", "* -128u", "* -127u", "avxvnni", "kernels avxvnni", "wrong: multiply"),
+    Mistake("amx.cpp", "  configure(kTile);\n}", "}", "amx", "kernels amx", "#UD: a tile is used before ldtilecfg"),
+    Mistake("amx.cpp", "  _tile_release();", "", "amx", "kernels amx", "the tiles are not released"),
+    Mistake("amx.cpp", "configure(cols % kTile)", "configure(kTile)", "amx", "kernels amx", "heap-buffer-overflow"),
+    Mistake("amx.cpp", "config.palette = 1;", "config.palette = 2;", "amx", "kernels amx", "no such palette"),
+    Mistake("amx.cpp", "row_bytes[i] = kFragment", "row_bytes[i] = 65", "amx", "kernels amx", "up to 64 bytes"),
+    Mistake("amx.cpp", "(row + 1) * kFragment - count", "row * kFragment", "amx", "kernels amx", "wrong: multiply"),
+    Mistake("amx.cpp", "if (block.begin == 0)", "if (true)", "amx", "kernels amx", "wrong: multiply"),
+    Mistake("transpose.h", "0x0f00", "0x00f0", "amx", "kernels amx", "wrong: multiply"),
+    Mistake("transpose.h", "if (row < rows)", "if (true)", "amx", "kernels amx", "heap-buffer-overflow"),
+    Mistake("vnni.h", "at == 0 ? start : nullptr", "start", "avx512vnni", "kernels avx512vnni", "wrong: multiply"),
+    Mistake("avx512vnni.cpp", "<< count) - 1", "<< (count | 63)) - 1", "avx512vnni", "kernels avx512vnni", "overflow"),
+    Mistake(
+        "quantize.h",
+        "(limit) & lanes",
+        "(limit) & (lanes | ~0u)",
+        "avx512vnni",
+        "kernels avx512vnni",
+        "heap-buffer-overflow",
+    ),
+    Mistake("vec_avx512.h", "(0x7fff)", "(0x8000)", "avx512vnni", "kernels avx512vnni", "wrong: "),
+    Mistake("vec_avx512.h", "_CMP_GE_OQ", "_CMP_UNORD_Q", "avx512vnni", "kernels avx512vnni", "wrong: "),
+    Mistake("vec_avx512.h", "(0x7fc0)", "(0x7f80)", "avx512vnni", "kernels avx512vnni", "wrong: residuals"),
+]
+
+
+@pytest.mark.parametrize("mistake", [*FAST, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in SLOW)])
+def test_planted_mistakes_are_found(mistake, objects, tmp_path):
+    done = run(EMULATED.with_mistake(mistake, objects, tmp_path), *mistake.check.split())
+    assert done.returncode != 0
+    assert mistake.complaint in done.stdout + done.stderr
