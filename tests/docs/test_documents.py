@@ -233,6 +233,7 @@ def test_recipes_name_what_the_files_hold():
     for path, name in {
         "passes/analysis/linears.py": "match_linear",
         "passes/__init__.py": "PIPELINE",
+        "int8compile/config.py": "PASS_NAMES",
         "int8compile/ops/_library.py": "define",
         "csrc/cpu/kernels.h": "Kernels",
         "int8compile/report.py": "Reason",
