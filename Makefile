@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
-.PHONY: install demo test test-all fuzz test-cuda lint bench clean help
+.PHONY: install demo test test-all fuzz test-cuda lint docs bench clean help
 install: $(INSTALLED)	## make .venv, or bring it up to date
 
 demo: $(INSTALLED)	## float and int8 side by side on a language model
@@ -45,6 +45,9 @@ lint: $(INSTALLED)	## ruff and mypy
 	$(BIN)/ruff format --check
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml  # from here it sees the installed package, passes/ included
 
+docs: $(INSTALLED)	## the documents as a site, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # The other int8 libraries are installed for this alone; the JSON files stay in .cache/.
 PEERS := .venv/installed-peers
 $(PEERS): $(INSTALLED)
@@ -62,7 +65,7 @@ bench: $(PEERS)	## int8 against float and other int8 libraries, into benchmarks/
 	$(BIN)/python -m benchmarks.studies.min_features
 
 clean:	## remove .venv, builds and caches (the downloaded model too)
-	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:	## this list

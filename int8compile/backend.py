@@ -1,4 +1,4 @@
-"""The torch.compile backend: the whole story on one screen.
+"""The torch.compile backend: from Dynamo's graph to the function that Dynamo calls.
 
 model = torch.compile(model, backend="int8")
 """
@@ -88,7 +88,7 @@ def rewrite(
 
 
 def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *, grad_enabled: bool) -> GraphReport:
-    """Run the passes on a graph of our own, Dynamo's or an exported one."""
+    """Run the passes on a captured graph, a copy of Dynamo's or an exported one."""
     context = PassContext(captured, config, grad_enabled=grad_enabled)
     counts = run(PIPELINE, context)
     sites = complete_sites(captured.graph, context)

@@ -1,4 +1,4 @@
-"""What a user can set: one dataclass, each field with its default and its meaning.
+"""Every option, as one dataclass, and every environment variable.
 
 Names are those of ``transformers.BitsAndBytesConfig`` wherever it has one. Nothing else in the package
 reads options or environment variables.
@@ -130,7 +130,7 @@ class Int8Config:
 
     @property
     def quant_method(self) -> str:
-        """What transformers asks a ``quantization_config`` for: this class will do there, too."""
+        """The name that transformers reads from a ``quantization_config``, so that it accepts this class there."""
         transformers_integration()  # registers what the name stands for
         return "int8compile"
 
@@ -224,7 +224,7 @@ def cuda_archs() -> str | None:
 
 
 def disabled() -> bool:
-    """Whether ``INT8COMPILE_DISABLE=1`` leaves every model in float, to tell what is int8's doing and what is not."""
+    """Whether ``INT8COMPILE_DISABLE=1`` leaves every model in float, to see what int8 changes and what it does not."""
     value = os.environ.get("INT8COMPILE_DISABLE", "")
     if value not in ("", "0", "1"):
         raise OptionValueError("INT8COMPILE_DISABLE", value, "1, 0 or nothing")

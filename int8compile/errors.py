@@ -1,8 +1,8 @@
-"""Every mistake a user can make, one class each.
+"""The errors that int8compile raises, one class for each kind of mistake.
 
 A message names the argument, its value, what was expected and the way out. Dynamo shows a backend's
-errors as ``BackendCompilerFailed: backend='int8' raised:`` followed by ours, so the first line of each
-message stands on its own.
+errors as ``BackendCompilerFailed: backend='int8' raised:`` followed by the message, so the first line of each
+message makes sense by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OptionValueError(Int8CompileError, ValueError):
 
 
 class VerifyError(Int8CompileError):
-    """A rewritten graph breaks a rule of ours. That is a bug in this package, never in the model."""
+    """A rewritten graph breaks a rule of ``passes/verify.py``. That is a bug in this package, never in the model."""
 
     def __init__(self, problem: str, graph_text: str) -> None:
         super().__init__(
@@ -68,7 +68,7 @@ class ExportError(Int8CompileError, TypeError):
 
 
 class ProgramFileError(Int8CompileError, ValueError):
-    """A file that ``load`` cannot take: not ours, damaged, of another format, or with something in it to unpickle."""
+    """A file that ``load`` refuses: no int8compile program, damaged, of another format, or with pickled content."""
 
 
 class ModelNameError(Int8CompileError, ValueError):

@@ -1,8 +1,8 @@
-"""Files that come into being whole or not at all: ``with replaced(target) as path: path.write_text(...)``.
+"""Writes files atomically, complete or not at all: ``with replaced(target) as path: path.write_text(...)``.
 
-What is written comes into a folder of its own beside the target, reaches the disk, and is moved into place. So neither
-a kill nor a power cut leaves half a file, and what was there before stays until then. A process that is killed leaves
-its folder; whoever writes beside it next removes it, told from those in use by a lock that ends with its process.
+A file is written in a folder of its own next to the target, synced to the disk, and then moved into place. So neither a
+kill nor a power cut leaves half a file, and the old file stays until the move. A process that is killed leaves its
+folder. The next process that writes next to it removes it; a lock, which ends with its process, marks folders in use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What inductor is given beside a graph: its options, our operators' bodies, and what its caches have to know."""
+"""Hands a rewritten graph to inductor, with its options, the operators' bodies and the key of its caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What int8 products and thresholds can be: numbers that options, operators and rules share."""
+"""Limits of int8 products and thresholds, which options, operators and rules share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was done to a model and why: ``Site``, ``Reason``, ``GraphReport`` and ``Report``."""
+"""The report of what was done to a model and why: ``Site``, ``Reason``, ``GraphReport`` and ``Report``."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ class Report:
     recompiles: int = 0
 
     def add(self, graph: GraphReport) -> None:
-        """Take in a graph. It takes the place of those of an earlier compile of its frame, which it is a recompile of.
+        """Add a graph. If it is a recompile of a frame, it replaces the graphs of that frame's earlier compile.
 
-        Several graphs of one compile are parts of it, as ``DistributedDataParallel`` has them split.
+        Several graphs of one compile are parts of it, as ``DistributedDataParallel`` splits them.
         """
         earlier = [old for old in self.graphs if old.frame == graph.frame and old.compile_id != graph.compile_id]
         if not earlier:
@@ -147,7 +147,7 @@ class Report:
 
     @property
     def providers(self) -> list[str]:
-        """Who computes the int8 products, such as ``["reference (CPU)"]``."""
+        """The code that computes the int8 products, such as ``["native avx2 (cpu)"]``."""
         return sorted({graph.provider for graph in self.graphs})
 
     @property

@@ -1,4 +1,4 @@
-"""Which linears stay in float, by what they are and what they are called.
+"""The rules by which a linear stays in float: by its shape, dtype and name.
 
 The same rules serve the compiler pass, which sees graph nodes, and ``quantize_``, which sees modules. What only one
 of the two can know (a weight changed inside a graph, a module with a forward of its own) is decided there.

@@ -1,4 +1,4 @@
-"""What was compiled in this process: the latest model's Report."""
+"""The Report of the model that this process compiled last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden graphs of your own models: what int8compile makes of them, as text that is the same everywhere.
+"""Golden graphs of your own models: their rewritten graphs as text that is the same everywhere.
 
     from int8compile.testing import assert_int8_graph
 
@@ -15,7 +15,7 @@ Three assertions, from the strictest to the one that takes any model:
 ``assert_op_counts``    how many of each operator the rewritten graphs of any model hold
 ``assert_int8_sites``   which linears of any model run in int8, and for which Reason the others do not
 
-The text of a graph is ``int8compile.dump``'s behind a line that tells its version. Within a version the form does not
+The text of a graph is that of ``int8compile.dump`` after a line with its version. Within a version the form does not
 change: one node a line, values numbered and symbolic sizes renamed by first appearance, no name or address that depends
 on the run, the Python or the torch version. (Symbolic tracing is part of this: what Dynamo and AOTAutograd make of a
 model changes between torch versions.) A new version is announced in the changelog, and its goldens are accepted anew.

@@ -1,4 +1,4 @@
-"""What a pass is given beside the graph: options, the capture it lifts weights on, and where to write Reasons."""
+"""The context of a pass: options, the capture on which it lifts weights, and the sites with their Reasons."""
 
 from __future__ import annotations
 

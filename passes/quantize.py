@@ -1,4 +1,4 @@
-"""quantize: decide, linear by linear, and say why.
+"""quantize: decides for each linear whether it runs in int8, and records the Reason.
 
     aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, outlier_policy)
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case

@@ -1,4 +1,4 @@
-"""verify: the rewritten graph obeys our rules. A breach is our bug and raises VerifyError with the graph's text.
+"""verify: checks the rewritten graph. A breach is a bug of a pass and raises VerifyError with the graph's text.
 
 The rules: every int8 call agrees with its operator's fake in shape and dtype; lifted int8 weights are read with their
 own scales; no float weight is left that only a rewritten site used; no lifted input is unused; no int8 call is dead but

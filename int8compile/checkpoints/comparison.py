@@ -1,4 +1,4 @@
-"""``int8compile quantize --verify``: the outputs of an int8 checkpoint beside those of the float one it was made of."""
+"""``int8compile quantize --verify``: compares the outputs of an int8 checkpoint with those of its float original."""
 
 from __future__ import annotations
 

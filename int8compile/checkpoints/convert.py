@@ -1,10 +1,10 @@
-"""``int8compile quantize``: a checkpoint folder to an int8 one, file by file, without ever holding the model.
+"""``int8compile quantize``: converts a checkpoint folder to int8, file by file, without ever holding the model.
 
-Each file of weights is read tensor by tensor and comes into being whole; ``config.json``, without which nothing loads,
-comes last. So a run that is killed leaves a folder that does not load, and the next run goes on after the last whole
-file: what comes out is what comes out of one run, to the byte. What it is a folder of stands in ``unfinished.json``
-until the end: a run goes on only with the files, options and versions that it began with. Which tensors become int8 is
-decided by the same rules as in ``from_pretrained``, on a model without memory.
+Each file of weights is read tensor by tensor and written atomically; ``config.json``, without which nothing loads, is
+written last. So a run that is killed leaves a folder that does not load. The next run continues after the last complete
+file, and its result is that of one run, to the byte. Until the end, ``unfinished.json`` records the files, options and
+versions of the run; only a run with the same ones continues. The rules of ``from_pretrained`` decide which tensors
+become int8, on a model without memory.
 """
 
 from __future__ import annotations

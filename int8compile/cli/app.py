@@ -1,8 +1,8 @@
 """The ``int8compile`` command.
 
-Exit codes, for every command: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage, and as shells
-have it 130 after Ctrl-C and 143 after SIGTERM, which leave no half-written program behind.
-With ``--json`` the answer on stdout is one JSON document and nothing else.
+Exit codes of every command: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, and as in shells 130 after
+Ctrl-C and 143 after SIGTERM, neither of which leaves a half-written program.
+With ``--json``, stdout is one JSON document and nothing else.
 """
 
 from __future__ import annotations

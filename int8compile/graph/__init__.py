@@ -1,5 +1,5 @@
-"""A graph of our own: a copy of Dynamo's (or an exported one) with int8 weights as inputs, and its text.
+"""The copy of a graph that passes rewrite, with int8 weights as inputs, and graphs as text.
 
-``capture``  the copy, its constants, the inputs that carry int8 weights
-``dump``     a graph as text that is the same in every run and version
+``capture``  copies a graph; knows its constants and adds inputs for int8 weights
+``dump``     prints a graph as text that is the same in every run and version
 """

@@ -1,12 +1,12 @@
-"""A graph made ours: which inputs are constant, and int8 weights as new inputs.
+"""A copy of a graph for the passes to rewrite: which inputs are constant, and int8 weights as new inputs.
 
-Dynamo's own graph must not be changed (it reads it again while making guards), so everything works on a copy. A
-parameter is an ordinary graph input there, marked by ``meta["int8compile_constant"]``. A rewritten site reads its int8
-weight and scale from *lifted* inputs that stand behind Dynamo's; what fills them at each call is written down as a
-``LiftedWeight``. Baking the tensors into the graph instead would be wrong: two instances of one class share one graph.
+Dynamo reads its own graph again while it makes guards, so that graph must not be changed, and passes work on a copy. A
+parameter is an ordinary input of the copy, marked by ``meta["int8compile_constant"]``. A rewritten site reads its int8
+weight and scale from *lifted* inputs, which come after Dynamo's; a ``LiftedWeight`` records which weights fill them at
+each call. Storing the tensors in the graph instead would be wrong: two instances of one class share one graph.
 
-In an exported program parameters are inputs too, so the same ``Capture`` serves it (``programs/exporting.py``). There
-the lifted inputs stand before the user's, as parameters do, and are filled once.
+In an exported program parameters are inputs too, so it uses the same ``Capture`` (``programs/exporting.py``). There the
+lifted inputs come before the user's, as parameters do, and are filled once.
 """
 
 from __future__ import annotations

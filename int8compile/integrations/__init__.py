@@ -1,1 +1,1 @@
-"""Other people's libraries, one file each; nothing here is imported by ``import int8compile``."""
+"""Support for transformers and PEFT. ``import int8compile`` imports nothing of it."""

@@ -1,1 +1,1 @@
-"""Modules that hold int8 weights themselves, and ``quantize_`` / ``dequantize_``, which exchange linears for them."""
+"""Modules with int8 weights of their own, and ``quantize_`` / ``dequantize_``, which put them in place of linears."""

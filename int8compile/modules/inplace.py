@@ -1,9 +1,8 @@
-"""``quantize_`` and ``dequantize_``: a model's linears to ``Int8Linear`` and back, in place.
+"""``quantize_`` and ``dequantize_``: turn a model's linears into ``Int8Linear`` and back, in place.
 
-Which linears, and why not the others, is decided by the rules of the compiler pass (``selection.py``) and written
-into the same kind of Report. All decisions are made before anything is changed; then the model is converted layer by
-layer, each float weight freed as soon as its int8 form exists, so that memory never exceeds the float model's by more
-than a layer.
+The rules of the compiler pass (``selection.py``) decide which linears, and the same kind of Report says why not the
+others. All decisions are made before anything is changed. Then the model is converted layer by layer, and each float
+weight is freed as soon as its int8 form exists, so that memory never exceeds the float model's by more than a layer.
 """
 
 from __future__ import annotations

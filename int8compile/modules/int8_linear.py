@@ -1,8 +1,8 @@
 """``Int8Linear``: a linear that holds its weight in int8 and runs LLM.int8() wherever it is called.
 
-In eager it calls the operator that the compiler pass would have put in its place; under ``torch.compile`` with inductor
-it is one call in the graph, without a break; and ``backend="int8"`` takes that call for a site of its own, so that
-several of them share one quantised activation.
+In eager mode it calls the operator that the compiler pass would use. Under ``torch.compile`` with inductor it is one
+call in the graph, without a break. ``backend="int8"`` treats that call as a site, so that several of them share one
+quantised activation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``int8compile doctor`` finds: versions, tools, the CPU's instruction sets, and whether kernels are ready."""
+"""Collects what ``int8compile doctor`` prints: versions, tools, the CPU's instruction sets, kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A library at hand: found where it is kept, or else built, and kept if it can be.
+"""Finds a library in the cache folder, or builds it and keeps it there.
 
-What is found has to be whole and nobody else's. What is not is built anew, once, in its place. Where the cache folder
-cannot be used at all, the library is built in a temporary folder of this process; a cache folder that can only be read
-will do as long as what is wanted is in it. Whoever asks is told in a note, which is for the user to see once.
+A library is used if it is complete and no other user can have written it; otherwise it is built anew, once, in the same
+place. Where the cache folder cannot be used at all, the library is built in a temporary folder of this process. A cache
+folder that can only be read is enough if the library is in it. The caller gets a note for the user, to be shown once.
 """
 
 from __future__ import annotations

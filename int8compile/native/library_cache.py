@@ -1,13 +1,13 @@
-"""Where compiled libraries are kept: whole or not at all, and only where no other user can write.
+"""The cache folder of compiled libraries. A library in it is complete, and no other user can write to it.
 
-A library and its checksum are in a folder of their own, named by all that went into the library, as ``sha256sum -c``
-reads them. The folder is prepared beside its place, written through to the disk and moved there by one rename: what is
-left of a process that was killed is a folder ``building-*``, which the next one removes, and never half a library.
+A library and its checksum (in the form that ``sha256sum -c`` reads) share a folder, whose name has a hash of everything
+that went into the library. The folder is prepared next to its final place, synced to the disk and moved by one rename.
+A process that is killed leaves a folder ``building-*``, which the next one removes, and never half a library.
 
-The lock only keeps processes from building the same thing at once and tells left-overs from work that goes on. The
-system lets go of it when its process ends, however it ends; where there can be none, everything works without.
+A lock keeps processes from building the same library at once, and distinguishes left-overs from running builds. The
+system releases it when its process ends, in whatever way. Where locks do not work, everything else still does.
 
-Where the user's cache folder cannot be used, a temporary one takes its place, private to the process.
+Where the user's cache folder cannot be used, a temporary folder, private to the process, replaces it.
 """
 
 from __future__ import annotations

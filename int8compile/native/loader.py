@@ -1,8 +1,8 @@
 """Libraries that are built and loaded at first use.
 
 A library is kept in a folder named by a hash of its sources, its flags and the torch version: a change builds anew,
-everything else is found ready in milliseconds. Nothing is loaded that another user may have written (``trust``) or that
-is not, to the bit, what was built (``library_cache``).
+anything else is found in milliseconds. A library that another user may have written (``trust``), or that differs by a
+bit from what was built (``library_cache``), is not loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the user is told of native kernels, each thing once a process."""
+"""Messages to the user about native kernels, each once a process."""
 
 from __future__ import annotations
 

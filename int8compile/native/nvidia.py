@@ -1,6 +1,6 @@
-"""What the CUDA kernels are built for and with: the GPUs at hand, and nvcc.
+"""The GPUs that CUDA kernels are built for, and the nvcc that builds them.
 
-The architectures are always named to nvcc: left to itself, torch's builder compiles for plain 9.0, which has no wgmma.
+nvcc is always given the architectures: by default torch's builder compiles for plain 9.0, which has no wgmma.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``python -m int8compile.native.proof LIBRARY DEVICE``: do the wgmma kernels give the mma.sync kernel's results here?
+"""``python -m int8compile.native.proof LIBRARY DEVICE``: checks the wgmma kernels against the mma.sync kernel.
 
-Exits with 0 if they do. Run in a process of its own by ``wgmma.py``: a kernel that is wrong may hang, or leave a
-CUDA context that nothing else can be done with.
+Exits with 0 if they agree. ``wgmma.py`` runs it in a process of its own: a wrong kernel may hang, or make the CUDA
+context unusable.
 """
 
 from __future__ import annotations

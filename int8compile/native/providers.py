@@ -1,4 +1,4 @@
-"""Who computes the int8 products on a device: native kernels, or the operators' reference bodies."""
+"""The choice of what computes the int8 products on a device: native kernels, or the operators' reference bodies."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Whether another user may have written what is about to be run, or could while it is looked at.
+"""Checks that no other user can have written a file that is about to be run, or could while it is checked.
 
-By owner and mode, as ssh and sudo ask it of their files. A folder is trusted if it and every folder above it belong to
-root or to this user, and nobody else may write to them. That is asked from ``/`` downwards of a path without symbolic
-links, so it stays true once it has been found: whoever could replace a folder would have to write to the one above.
-So what is checked, hashed and loaded by such a path is one and the same file.
+The check is by owner and mode, as ssh and sudo check their files. A folder is trusted if it and every folder above it
+belong to root or to this user, and nobody else may write to them. The check goes from ``/`` downwards along a path
+without symbolic links, so its result stays true: to replace a folder, one would have to write to the folder above it.
+So the file that is checked, hashed and loaded by such a path is one and the same.
 
-Three things are no danger and common, so they are allowed:
+Three cases are common and harmless, so they are allowed:
 
 - a folder *above* that everybody may write to but that is sticky, such as ``/tmp``: there, only owners rename;
-- folders *above* that belong to whoever owns ``/``: in a user namespace the system's files are shown as nobody's;
-- a group that may write and has nobody in it but this user, as most distributions make one for each, or that is root's.
+- folders *above* that belong to the owner of ``/``: in a user namespace the system's files seem to belong to nobody;
+- a group that may write but has this user as its only member (most distributions make such groups), or is root's.
 
 Where there are no user ids (Windows), everything is trusted: a user's folders are private there by inheritance.
 """

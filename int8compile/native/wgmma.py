@@ -1,8 +1,8 @@
-"""Hopper's wgmma kernels, which are used where they have been proven, once a GPU model and build.
+"""Hopper's wgmma kernels are used only where a proof has run, once for each GPU model and build.
 
-The proof runs in a process of its own (proof.py), since kernels that fail could hang or take the process's CUDA context
-with them. What comes of it is kept beside the library. That it failed stands there before it begins: where a process
-was killed because the proof hung, the next one need not hang too.
+The proof runs in a process of its own (``proof.py``), since kernels that fail could hang or destroy the process's CUDA
+context. Its result is kept next to the library. Before the proof begins, "failed" is written there: if a process is
+killed because the proof hangs, the next process does not hang too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exported programs: ``export``, ``save`` and ``load``, ``package`` and ``load_package``.
 
-``exporting``      torch.export's program of a model, rewritten
-``archive``        its file; ``records``, ``model_json``, ``json_values``, ``tensor_records`` and ``saved_inputs`` read
-                   it, trusting no byte
-``packaging``      machine code by AOTInductor, for the CPUs in ``cpu_targets``
+``exporting``      exports a model with the passes run on its program
+``archive``        the program's file; ``records``, ``model_json``, ``json_values``, ``tensor_records`` and
+                   ``saved_inputs`` check all of it
+``packaging``      compiles a program by AOTInductor, for the CPUs in ``cpu_targets``
 """

@@ -1,8 +1,8 @@
-"""The file that torch's writer of archives writes to, which ends the process where a write fails.
+"""A file for torch's writer of archives, which would end the process if a write failed.
 
-torch notices a full disk as an error, and once more when it tidies up after it, where C++ allows none: the process is
-aborted. So a write never fails here, it only does nothing any more, and what went wrong is raised at the end. The same
-goes for Ctrl-C, which Python would raise in whatever Python code runs next, which is a write.
+torch reports a full disk as an error, and again in a C++ destructor while it handles that error, where errors are not
+allowed: the process is aborted. So a write to this file never fails. After an error further writes do nothing, and the
+error is raised at the end. Ctrl-C is treated in the same way, since Python would raise it inside of a write.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The CPUs that a package's generated code can be compiled for, and whether this one can run it.
 
-Our own kernels choose their instructions where they run. What inductor generates around them does not: compiled for
-this CPU (``-march=native``) it dies of an illegal instruction on an older one. So packages are compiled for a common
-denominator unless they are asked not to be, say what they need, and are checked before they are loaded.
+The native kernels choose their instructions on the machine that runs them. The code that inductor generates around
+them does not: compiled for this CPU (``-march=native``), it ends with an illegal instruction on an older one. So
+packages are by default compiled for what most CPUs have, record what they need, and are checked before they are
+loaded.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def vector_bits(name: str | None) -> int | None:
 
 
 def cpu_flags() -> frozenset[str]:
-    """What this CPU offers to compilers, in Linux's words; empty where the system does not say."""
+    """The instruction sets of this CPU as ``/proc/cpuinfo`` names them; empty where the system does not say."""
     try:
         text = CPUINFO.read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""``export``: a model as an exported program in int8, the product of the same passes that serve torch.compile.
+"""``export``: exports a model as a program in int8, by the same passes as ``torch.compile``.
 
-An exported graph has the model's parameters and buffers as its first inputs, so it is a ``Capture`` as it stands: its
-lifted inputs become buffers. A weight ``layers.0.fc.weight`` [N, K] leaves the program, and in its place come
+An exported graph has the model's parameters and buffers as its first inputs, so it can be a ``Capture`` without
+changes: its lifted inputs become buffers. A weight ``layers.0.fc.weight`` [N, K] is replaced in the program by
 
     layers.0.fc.weight_int8     int8 [N, K]
     layers.0.fc.weight_scale    float32 [N]

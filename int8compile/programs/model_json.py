@@ -1,4 +1,4 @@
-"""What may stand in a program's JSON, which is looked at before torch reads it.
+"""The values that a program's JSON may hold, checked before torch reads it.
 
 ``torch.export.load`` trusts the JSON of a graph. It looks functions up by the names in it (``torch.os.system``,
 ``aten::from_file``), runs its size expressions and guards as Python, imports the modules that its trees of inputs name,

@@ -1,10 +1,10 @@
-"""``package`` and ``load_package``: an exported program compiled ahead of time, to run without Python.
+"""``package`` and ``load_package``: compile an exported program ahead of time, to run without Python.
 
-AOTInductor makes a ``.pt2`` package of it: machine code and weights in one file. Our operators are in it as calls by
-name (``kernels="auto"`` or ``"native"``), which the library that ``int8compile build`` makes answers; which
-instruction set its kernels use is chosen where they run. With ``kernels="reference"`` the operators' reference bodies
-are compiled into the package, which then needs nothing but libtorch, and is slower. What inductor generates is compiled
-for one ``CpuTarget``.
+AOTInductor makes a ``.pt2`` package: machine code and weights in one file. With ``kernels="auto"`` or ``"native"`` it
+calls int8compile's operators by name, which are in the library that ``int8compile build`` makes; the instruction set of
+the kernels is chosen on the machine that runs them. With ``kernels="reference"`` the operators' reference bodies are
+compiled into the package, which then needs nothing but libtorch, and is slower. The code that inductor generates is
+compiled for one ``CpuTarget``.
 
 Beside torch's own metadata a package carries ``int8compile``, a JSON object: ``int8compile`` and ``torch``, the
 versions that made it; ``calls_operators``; ``machine``, ``cpu_isa`` and ``cpu_flags``, what its code needs.

@@ -1,4 +1,4 @@
-"""The records of a PyTorch archive, in a zip file that every reader reads alike.
+"""The records of a PyTorch archive, from a zip file that has the same content for every reader.
 
 An archive is checked by one reader and read by another (torch's own), and zip files can be written so that two readers
 see two contents: a directory that names one record and a header that names another, records within records, sizes in

@@ -1,4 +1,4 @@
-"""Example inputs by what they look like, as a program's file holds them."""
+"""Shapes and dtypes of a program's example inputs, as its file holds them."""
 
 from __future__ import annotations
 

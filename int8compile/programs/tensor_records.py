@@ -1,7 +1,7 @@
-"""The tensors in a program's file: raw bytes of a memory, and JSON that says how tensors lie in it.
+"""Checks the tensors in a program's file: raw bytes of storages, and JSON with the layout of tensors in them.
 
-torch takes the JSON at its word: of a record without bytes it makes a tensor of zeros as large as the JSON says, and
-whether the graph means a tensor of those sizes it finds out when it runs, if at all.
+torch believes the JSON. From a record without bytes it makes a tensor of zeros as large as the JSON says, and whether
+the graph expects a tensor of those sizes shows only when it runs, if at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which of a model's modules compute something else in training mode, and are in it.
+"""Finds the modules of a model that are in training mode and compute something else because of it.
 
-A module's flag ``training`` says nothing of itself: a container or a wrapper around a model in ``eval()`` still has the
-True that it was made with, and nobody reads it. So each module is asked whether it makes a difference there:
+The flag ``training`` alone says little: a container or a wrapper around a model in ``eval()`` still has the True that
+it was made with, and nothing reads it. So the flag counts only for modules whose results depend on it:
 
 - of PyTorch's own, those that drop, that take statistics of a batch, or that draw at random, unless they are set not to
   (a dropout of 0, a batch norm without running statistics);

@@ -1,4 +1,4 @@
-"""What Dynamo and AOTAutograd know of the compile that goes on, and torch's structured trace."""
+"""What Dynamo and AOTAutograd say about the running compile, and torch's structured trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From float weights to int8 ones: how they are made, kept and named in files, and what is told of changed weights.
+"""Int8 forms of float weights: making and keeping them, their formats in files, and reports of changed weights.
 
 ``int8_weight``    the int8 form of a float weight, and the way back
 ``store``          the int8 form of each float weight, made once and never stale

@@ -1,4 +1,4 @@
-"""Checkpoint formats: how an int8 linear's weight and scale are named and shaped in a file, format by format.
+"""Checkpoint formats: the names and shapes of an int8 linear's weight and scale in each.
 
 ==================== ============================ ==================================== =======================
 format               weight, int8 [N, K]          scale                                read by
@@ -11,8 +11,8 @@ compressed-tensors   ``weight``                   ``weight_scale``, fp32 [N, 1] 
 
 In each, codes are row-major [N, K], GPT-2's Conv1D included, and nothing is requantised from one to another.
 
-A program that does not know our format would take codes for floats. So that it fails instead, the first int8 weight of
-a checkpoint of ours stands there with one dimension more, [N, K, 1], which fits no float weight.
+A program that does not know the format ``int8compile`` would take codes for floats. So that it fails instead, the first
+int8 weight of such a checkpoint has one dimension more, [N, K, 1], which fits no float weight.
 """
 
 from __future__ import annotations

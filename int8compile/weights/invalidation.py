@@ -1,4 +1,4 @@
-"""What the weight store is told: a weight changed unseen, by a user or an optimiser, or a freed one is wanted back."""
+"""Requests to the weight store: quantise a weight again, or bring a freed weight back."""
 
 from __future__ import annotations
 

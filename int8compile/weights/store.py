@@ -1,4 +1,4 @@
-"""The weight store: from a float weight to its int8 form, made once, never stale and never copied twice.
+"""The weight store: gives the int8 form of a float weight, made once, never stale and never copied twice.
 
 Its answer is at hand as long as the weight is what it was (``stamps``); anything else requantises. Entries die with
 their weights.

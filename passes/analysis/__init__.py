@@ -1,4 +1,4 @@
-"""What passes ask about a graph before they change it.
+"""Questions that passes ask about a graph before they change it.
 
 ``effects``    which memory each node reads, writes and hands on
 ``regions``    under which switches (gradients, autocast, transforms of torch.func) each node stands

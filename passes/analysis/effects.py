@@ -1,4 +1,4 @@
-"""Which memory each node of a graph reads, writes and hands on. Dynamo's graphs are not functional when we see them.
+"""The memory that each node of a graph reads, writes and aliases. Dynamo's graphs are not functional at this point.
 
 Passes move reads: of an activation to the first of the linears that share it, of a bias to a joined product, of a
 weight to before the graph, where it is quantised. They may where nothing writes in between, and ask two questions:

@@ -1,4 +1,4 @@
-"""Under which switches a node stands: gradients, autocast, transforms of ``torch.func``."""
+"""The gradient, autocast and ``torch.func`` regions that each node of a graph is in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report says of a rewritten graph: every linear once, and the weights' bytes."""
+"""Sites and weights of a rewritten graph for the report: every linear once, and the weights' bytes."""
 
 from __future__ import annotations
 

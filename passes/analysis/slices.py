@@ -1,4 +1,4 @@
-"""A weight that is some rows of a parameter, such as q's third of ``nn.MultiheadAttention.in_proj_weight``.
+"""Finds weights that are rows of a parameter, such as q's third of ``nn.MultiheadAttention.in_proj_weight``.
 
 Scales are one a row, so the int8 form of the slice is the same slice of the whole parameter's.
 """

@@ -1,9 +1,9 @@
-"""transformers: load, quantise while loading, save and dequantise; and bitsandbytes' checkpoints.
+"""transformers: loading, quantising while loading, saving, dequantising, and bitsandbytes' checkpoints.
 
-``quantizer``     what transformers calls: the configuration and the quantisation method "int8compile"
-``loading``       what happens to a linear's entries of a checkpoint
-``saving``        a model's state dict in each format
-``bitsandbytes``  which linears bitsandbytes has in int8
+``quantizer``     the configuration and the quantisation method "int8compile", which transformers calls
+``loading``       quantises or accepts a linear's entries of a checkpoint
+``saving``        makes a model's state dict in each format
+``bitsandbytes``  finds the linears that bitsandbytes has in int8
 """
 
 from int8compile.integrations.transformers.quantizer import (

@@ -1,10 +1,10 @@
-"""Which linears of a transformers model bitsandbytes makes int8, and the list of modules to skip that says so.
+"""Finds the linears of a transformers model that bitsandbytes makes int8, and the list of modules it skips.
 
-A checkpoint in its format is read by transformers' own rules, which are not ours: the list is matched by suffix and by
-regular expression; ``_keep_in_fp32_modules`` stay float whatever it says, and so do subclasses of ``nn.Linear`` and the
-further places of a module that stands at several. Codes where it builds a float linear would be taken for floats. So
-its own rule is asked before anything is written: what it cannot have in int8 is written as the floats that the codes
-stand for, and a list that it would read as another one is never written. bitsandbytes need not be installed.
+transformers reads a checkpoint of that format by rules that differ from int8compile's: it matches the list by suffix
+and by regular expression, and leaves ``_keep_in_fp32_modules``, subclasses of ``nn.Linear`` and all but one place of a
+shared module in float, whatever the list says. Codes where it builds a float linear would be taken for floats. So its
+rule is evaluated before anything is written: a linear that it cannot have in int8 is written as the floats that the
+codes mean, and a list that it would understand differently is never written. bitsandbytes need not be installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What from_pretrained does with a linear's entries of a checkpoint: quantise them, or take int8 ones as they are."""
+"""Converts a linear's entries of a checkpoint in ``from_pretrained``: quantises floats, takes int8 ones as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes in each format: a state dict and the ``quantization_config`` that goes with it."""
+"""Makes what ``save_pretrained`` writes in each format: a state dict and its ``quantization_config``."""
 
 from __future__ import annotations
 
