@@ -92,8 +92,8 @@ def held(path: Path) -> Iterator[bool]:
     Raises:
         filelock.Timeout: another process, or another thread, holds it.
     """
-    lock = filelock.FileLock(str(path), mode=0o600, blocking=False)
     try:
+        lock = filelock.FileLock(str(path), mode=0o600, blocking=False)  # nobody else's
         lock.acquire()
         locked = True
     except filelock.Timeout:
