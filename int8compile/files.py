@@ -8,26 +8,30 @@ folder. The next process that writes next to it removes it; a lock, which ends w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import filelock
 
 from int8compile.errors import ExportError
 
 #: of the names of those folders
 WORK_FOLDER = ".int8compile-saving-"
+#: in a folder that is being written to
+LOCK = ".int8compile-lock"
 
 
 @contextmanager
-def replaced(target: Path, call: str = "") -> Iterator[Path]:
+def replaced(target: Path, call: str = "", mode: int | None = None) -> Iterator[Path]:
     """Within the context: where to write a file that takes the target's place at the end, if nothing is raised.
 
     Args:
         call: what is being done, as an error is to name it.
+        mode: the file's permissions. By default those of the file that is there, or what a new one has.
 
     Raises:
         OSError: the folder cannot be written to, or the disk is full; the target is as it was.
@@ -35,11 +39,13 @@ def replaced(target: Path, call: str = "") -> Iterator[Path]:
     with _work_folder(target.parent, call) as folder:
         whole = folder / target.name
         yield whole
-        if target.exists():
+        if mode is not None:
+            whole.chmod(mode)
+        elif target.exists():
             shutil.copymode(target, whole)
-        _reaches_disk(whole)
+        reach_disk(whole)
         os.replace(whole, target)
-    _reaches_disk(target.parent)
+    reach_disk(target.parent)
 
 
 @contextmanager
@@ -73,13 +79,50 @@ def check_target(call: str, path: str | os.PathLike[str]) -> None:
 def remove_left_over(parent: Path) -> None:
     """Remove what killed processes left in a folder, as far as that is allowed."""
     for folder in parent.glob(f"{WORK_FOLDER}*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
+        if not folder.is_symlink():
+            with contextlib.suppress(filelock.Timeout), held(folder / LOCK) as alone:
+                if alone:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold a lock file, which is removed at the end; False where there can be none (read-only, NFS without locks).
+
+    Raises:
+        filelock.Timeout: another process, or another thread, holds it.
+    """
+    try:
+        lock = filelock.FileLock(str(path), mode=0o600, blocking=False)  # nobody else's
+        lock.acquire()
+        locked = True
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError):
+        locked = False
+    if locked and not path.exists():  # whoever held it has removed it since it was opened here
+        lock.release()
+        raise filelock.Timeout(str(path))
+    try:
+        yield locked
+    finally:
+        if locked:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            lock.release()
+
+
+def reach_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError:
+        if not path.is_dir():  # not every file system can for folders, and Windows does not open them
+            raise
 
 
 def _checked(call: str, path: str | os.PathLike[str]) -> Path:
@@ -103,42 +146,21 @@ def _checked(call: str, path: str | os.PathLike[str]) -> Path:
 def _work_folder(parent: Path, call: str) -> Iterator[Path]:
     """In the target's folder, since a file can only be moved into place within one file system."""
     remove_left_over(parent)
-    try:
-        folder, lock = _locked_folder(parent)
-    except OSError as error:
-        prefix = f"{call}: " if call else ""
-        raise type(error)(f"{prefix}{str(parent)!r} cannot be written to ({error.strerror})") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    with ExitStack() as stack:
+        yield _locked_folder(parent, call, stack)
 
 
-def _locked_folder(parent: Path) -> tuple[Path, int]:
+def _locked_folder(parent: Path, call: str, stack: ExitStack) -> Path:
+    """A new folder, locked and there until the stack is closed."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=WORK_FOLDER, dir=parent))
-        lock = -1
         try:
-            lock = os.open(folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks, on which nothing is ever removed
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(lock), folder.stat()):
-                return folder, lock
-        except FileNotFoundError:
-            pass  # another process took it for one that was left, before it was locked
-        if lock >= 0:
-            os.close(lock)
-
-
-def _reaches_disk(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        if path.is_dir():
-            with contextlib.suppress(OSError):  # not every file system can
-                os.fsync(file)
-        else:
-            os.fsync(file)
-    finally:
-        os.close(file)
+            folder = Path(tempfile.mkdtemp(prefix=WORK_FOLDER, dir=parent))
+        except OSError as error:
+            prefix = f"{call}: " if call else ""
+            raise type(error)(f"{prefix}{str(parent)!r} cannot be written to ({error.strerror})") from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # Until it is locked, another process may take it for one that was left.
+        with contextlib.suppress(filelock.Timeout):
+            stack.enter_context(held(folder / LOCK))
+            if folder.is_dir():
+                return folder

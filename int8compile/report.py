@@ -289,7 +289,7 @@ def _commonest_prefix(names: list[str]) -> str:
 def _cut(name: str, width: int) -> str:
     """In lines, after dots where that will do."""
     lines = [""]
-    for part in re.findall(rf"[^.]{{1,{width - 1}}}\.?|\.", name):
+    for part in re.findall(rf"[^.]{{1,{width - 1}}}\.|[^.]{{1,{width}}}|\.", name):
         if len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from int8compile.checkpoints.convert import empty_model
+from int8compile.checkpoints.example_inputs import example_inputs
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import take_over_bitsandbytes
 
@@ -32,7 +33,7 @@ def check_comparable(source: Path, format: str) -> None:
     """
     if format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise OptionValueError("verify", True, "False, or what reads that format: pip install compressed-tensors")
-    _random_inputs(empty_model(source))
+    _inputs(empty_model(source))
 
 
 def compare(source: Path, target: Path, format: str) -> Comparison:
@@ -46,7 +47,7 @@ def compare(source: Path, target: Path, format: str) -> Comparison:
     config = transformers.AutoConfig.from_pretrained(source)
     family = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     model = family.from_pretrained(source)
-    inputs = _random_inputs(model)
+    inputs = _inputs(model)
     want = _outputs(model, inputs)
     del model
     take_over_bitsandbytes(format == "bitsandbytes")
@@ -60,29 +61,12 @@ def compare(source: Path, target: Path, format: str) -> Comparison:
     return Comparison(float((got - want).norm() / want.norm()), float(agreement))
 
 
-def _random_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Inputs of a model by the name of its main one, the same in every run."""
-    config, name, random = model.config, model.main_input_name, torch.Generator().manual_seed(0)
-    inputs: dict[str, torch.Tensor] = {}
-    if name == "input_ids":
-        inputs[name] = _tokens(config, (2, 64), random)
-    elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        size = (config.image_size, config.image_size)
-        inputs[name] = torch.randn((2, getattr(config, "num_channels", 3), *size), generator=random)
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
-        frames = 2 * config.max_source_positions  # the encoder's convolution halves them
-        inputs[name] = torch.randn((1, config.num_mel_bins, frames), generator=random)
-    elif name == "input_values":
-        inputs[name] = torch.randn((1, 16000), generator=random)  # a second, as speech models sample it
-    else:
-        raise OptionValueError("verify", True, f"False for a {type(model).__name__}, which takes {name}")
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _tokens(config, (len(inputs[name]), 16), random)
-    return inputs
-
-
-def _tokens(config: Any, shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
-    return torch.randint(config.get_text_config().vocab_size, shape, generator=random)
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    inputs = example_inputs(model, length=64)
+    if inputs is None:
+        expected = f"False for a {type(model).__name__}, whose inputs ({model.main_input_name}) cannot be guessed"
+        raise OptionValueError("verify", True, expected)
+    return inputs.tensors
 
 
 @torch.no_grad()

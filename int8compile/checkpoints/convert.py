@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors
 import torch
 import transformers
@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 import int8compile
 from int8compile.errors import CheckpointError, OptionValueError
-from int8compile.files import remove_left_over, replaced
+from int8compile.files import LOCK, held, remove_left_over, replaced
 from int8compile.integrations.transformers import Int8Config, refused_linears
 from int8compile.integrations.transformers.saving import quantization_config
 from int8compile.modules.inplace import find_linears
@@ -300,22 +300,23 @@ def _opened_target(target: Path, manifest: dict[str, Any]) -> Iterator[None]:
     """Make the folder, or make sure that it is what an interrupted run of the same kind left; held by a lock."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         expected = f"a folder that can be made, or an empty one ({error.strerror})"
         raise OptionValueError("target", str(target), expected) from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            stack.enter_context(held(lock_file(target)))
+        except filelock.Timeout as error:
             expected = "a folder that no other run is writing to at this moment"
             raise OptionValueError("target", str(target), expected) from error
-        except OSError:
-            pass  # a file system without locks
         _check_left(target, manifest)
         yield
-    finally:
-        os.close(lock)
+
+
+def lock_file(target: Path) -> Path:
+    """Beside the folder that is written to, in which there is nothing but the checkpoint in the end."""
+    target = Path(os.path.realpath(target))
+    return target.with_name(f".{target.name}{LOCK}")
 
 
 def _check_left(target: Path, manifest: dict[str, Any]) -> None:

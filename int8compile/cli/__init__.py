@@ -1,5 +1,11 @@
-"""The ``int8compile`` command."""
+"""The ``int8compile`` command.
 
-from int8compile.cli.app import main
+``commands``      what each command does
+``output``        what they write: results, progress, failures
+``diagnosis``     the table of ``doctor``
+``named_models``  the models that a command line names
+"""
 
-__all__ = ["main"]
+from int8compile.cli.commands import app, main
+
+__all__ = ["app", "main"]

@@ -1,3 +1,3 @@
-from int8compile.cli.app import main
+from int8compile.cli import main
 
 main()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from int8compile.checkpoints.example_inputs import example_inputs
 from int8compile.errors import ModelNameError
 
 
@@ -27,8 +28,8 @@ def find(name: str) -> NamedModel:
     Args:
         name: ``module:function``, where the function returns ``(model, args)``, ``(model, args, kwargs)`` or
             ``(model, args, kwargs, dynamic_shapes)``, and the module is looked for in the current folder too; anything
-            else is what ``from_pretrained`` of transformers takes, called with its main input alone (token ids or an
-            image), of any batch size and length.
+            else is what ``from_pretrained`` of transformers takes, called with its main input (token ids, an image, a
+            sound) of any batch size, and with token ids for its decoder if it has one.
 
     Raises:
         ModelNameError: there is no such model, or its inputs cannot be guessed.
@@ -73,15 +74,13 @@ def _from_transformers(name: str) -> NamedModel:
     except (OSError, ValueError) as error:
         raise ModelNameError(name, str(error)) from error
     model.config.use_cache = False  # a cache is no output that torch.export knows
-    any_size = torch.export.Dim.DYNAMIC
-    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
-        ids = torch.ones((2, 8), dtype=torch.int64)
-        return NamedModel(model, (), {"input_ids": ids}, {"input_ids": {0: any_size, 1: any_size}})
-    if model.main_input_name == "pixel_values":
-        size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
-        height, width = (size, size) if isinstance(size, int) else size
-        image = torch.zeros((2, channels, height, width), dtype=model.dtype)
-        return NamedModel(model, (), {"pixel_values": image}, {"pixel_values": {0: any_size}})
-    raise ModelNameError(
-        name, f"the inputs of {type(model).__name__} cannot be guessed; write a function and name it module:function"
-    )
+    inputs = example_inputs(model, length=8)
+    if inputs is None:
+        raise ModelNameError(
+            name,
+            f"the inputs of {type(model).__name__} cannot be guessed; write a function and name it module:function",
+        )
+    kwargs = {
+        key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.tensors.items()
+    }
+    return NamedModel(model, (), kwargs, inputs.dynamic_shapes)

@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import filelock
 
 from int8compile.config import cache_folder
+from int8compile.files import reach_disk
 from int8compile.native.trust import Untrusted, check_folder, check_own_folder, opened
 
 
@@ -237,23 +238,20 @@ def keep(place: Place, built: Path) -> None:
     ready = place._replace(folder=built.parent, key=entry.name)
     built.rename(ready.library)
     with ready.library.open("rb") as file:
-        os.fsync(file.fileno())
         digest = _digest(file)
-    with ready.checksum.open("x") as checksum:
-        checksum.write(f"{digest}  {place.file}\n")
-        checksum.flush()
-        os.fsync(checksum.fileno())
+    ready.checksum.write_text(f"{digest}  {place.file}\n")
     ready.library.chmod(mode)
     ready.checksum.chmod(mode & 0o644)
     entry.chmod(mode)
-    _sync_folder(entry)
+    for path in (ready.library, ready.checksum, entry):
+        reach_disk(path)
     _remove(place.library.parent)
     try:
         entry.rename(place.library.parent)
     except OSError:
         if not state(place).ready:  # without a lock, another process may have been faster
             raise
-    _sync_folder(place.folder)
+    reach_disk(place.folder)
 
 
 def _remove(path: Path) -> None:
@@ -261,12 +259,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot, and Windows does not open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,11 +11,11 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
+from int8compile.files import replaced
 from int8compile.native import library_cache
 from int8compile.native.trust import opened
 
@@ -65,14 +65,9 @@ def _read(verdict: Path) -> str | None:
 
 def _write(verdict: Path, text: str) -> None:
     """Whole or not at all; where nothing can be written, every process proves them for itself."""
-    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".verdict-", dir=verdict.parent) as folder:
-        whole = Path(folder) / verdict.name
-        with whole.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        whole.chmod(0o644)  # whatever the umask: who may read it is for the folder to say
-        whole.replace(verdict)
+    # Whatever the umask: who may read it is for the folder to say.
+    with contextlib.suppress(OSError), replaced(verdict, mode=0o644) as whole:
+        whole.write_text(text)
 
 
 def _failed_proof(library: Path, device: int) -> str:

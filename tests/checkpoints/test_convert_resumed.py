@@ -1,6 +1,5 @@
 """``int8compile quantize`` stopped at any moment and run again: the same bytes as in one go, or an error by name."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ from checkout import ROOT
 from model_zoo import ZOO
 
 from int8compile.checkpoints import convert
-from int8compile.checkpoints.convert import quantize_folder
+from int8compile.checkpoints.convert import lock_file, quantize_folder
 from int8compile.errors import CheckpointError, OptionValueError
+from int8compile.files import held
 from int8compile.integrations.transformers import Int8Config
 
 CONFIG = Int8Config(min_features=0)
@@ -214,11 +214,8 @@ def test_targets_that_cannot_be_made_are_named(source, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
     target = tmp_path / "int8"
     target.mkdir()
-    other = os.open(target, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(OptionValueError, match="no other run is writing to"):
+    with held(lock_file(target)), pytest.raises(OptionValueError, match="no other run is writing to"):
         quantize_folder(source, target, CONFIG)
-    os.close(other)
     quantize_folder(source, target, CONFIG)
 
 

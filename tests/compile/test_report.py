@@ -202,7 +202,7 @@ def test_names_are_whole_in_terminals_of_all_widths(width, soft_wrap):
 
 
 def test_longer_names_are_cut_after_dots_and_only_those_of_one_word_elsewhere():
-    path = "model.vision_tower.encoder_of_pictures.layers.3.self_attention.output_projection_of_all_heads"
+    path = "model.vision_tower.encoder_of_pictures.layers.3.self_attention.output_projection_of_heads"
     lines = shown(report_of(*LLAMA, path), 80)
     assert max(map(len, lines)) <= 80
     first = next(i for i, line in enumerate(lines) if "vision_tower" in line)

@@ -270,7 +270,7 @@ class TestWgmmaProof:
     def test_a_verdict_that_cannot_be_kept_is_found_again(self, hopper, monkeypatch):
         library, chosen = hopper
         monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: "")
-        monkeypatch.setattr(wgmma.tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
+        monkeypatch.setattr(tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
         monkeypatch.setattr(wgmma.library_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only")))
         loader._enable_wgmma(library)
         assert chosen == [True]

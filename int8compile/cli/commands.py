@@ -1,4 +1,4 @@
-"""The ``int8compile`` command.
+"""The commands of ``int8compile``.
 
 Exit codes of every command: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, and as in shells 130 after
 Ctrl-C and 143 after SIGTERM, neither of which leaves a half-written program.
@@ -7,30 +7,16 @@ With ``--json``, stdout is one JSON document and nothing else.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
+from rich.progress import DownloadColumn
 
+from int8compile.cli.output import err, failures_to_stderr, out, print_json, progress_bars
 from int8compile.errors import Int8CompileError
 from int8compile.files import check_target
 
@@ -43,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -61,13 +46,14 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: int8compile doctor --json
     """
+    from int8compile.cli.diagnosis import print_diagnosis
     from int8compile.native.doctor import diagnose
 
     found = diagnose()
     if as_json:
         print_json(found)
     else:
-        _print_diagnosis(found)
+        print_diagnosis(found)
     raise typer.Exit(1 if found["problems"] else 0)
 
 
@@ -124,7 +110,7 @@ def quantize(
         config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
         if verify:
             comparison.check_comparable(source, format)
-        with _progress(as_json, DownloadColumn()) as progress:
+        with progress_bars(as_json, DownloadColumn()) as progress:
             done = convert.quantize_folder(source, target, config, format, progress)
         compared = comparison.compare(source, target, format) if verify else None
     if done.unmatched:
@@ -169,7 +155,7 @@ def explain(
 
     Example: int8compile explain ./SmolLM2-135M
     """
-    with failures_to_stderr(), _progress(as_json) as progress:
+    with failures_to_stderr(), progress_bars(as_json) as progress:
         progress(f"load {model}", 0, None)
         import torch
 
@@ -199,7 +185,7 @@ def export(
 
     Example: int8compile export ./SmolLM2-135M smollm2.pt2
     """
-    with failures_to_stderr(), _progress(as_json) as progress:
+    with failures_to_stderr(), progress_bars(as_json) as progress:
         check_target(f"export {model}", target)
         progress(f"load {model}", 0, None)
         from int8compile.cli.named_models import find
@@ -233,7 +219,7 @@ def package(
 
     Example: int8compile package smollm2.pt2 smollm2.aoti.pt2
     """
-    with failures_to_stderr(), _progress(as_json) as progress:
+    with failures_to_stderr(), progress_bars(as_json) as progress:
         progress(f"load {program}", 0, None)
         from int8compile.programs.archive import load
         from int8compile.programs.packaging import package as make_package
@@ -251,85 +237,6 @@ def package(
 
 def _options(threshold: float, skip: list[str] | None, min_features: int) -> dict[str, Any]:
     return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool, amount: ProgressColumn | None = None) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Bars on stderr, one a step: how much of it is done, or only that it goes on, and for how long."""
-    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
-    # What a model of the user's prints must not come into the JSON on stdout.
-    elsewhere = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    with elsewhere, Progress(*columns, console=err, transient=True, disable=quiet) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(step: str, done: int, total: int | None) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(escape(step), total=total)
-            bars.update(tasks[step], completed=done, total=total)
-
-        yield progress
-
-
-class failures_to_stderr:  # noqa: N801 (reads as the statement it is)
-    """Turns an error of ours into its message on stderr and exit code 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (Int8CompileError, OSError)):
-            err.print(f"int8compile: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(1) from error
-
-
-def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2))
-
-
-def _print_diagnosis(found: dict[str, Any]) -> None:
-    kernels, tools = found["kernels"], found["tools"]
-    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
-    rows = {
-        "int8compile": f"{found['int8compile']}, Python {found['python']}, torch {found['torch']}",
-        "packages": ", ".join(packages) or "none of the optional ones",
-        "CPU": f"{found['machine']}, torch sees {found['cpu']['capability']}, {found['cpu']['threads']} threads",
-        "GPUs": ", ".join(found["gpus"]) or "none",
-        "CPU kernels": _describe_kernels(kernels),
-        **{tool: path or "not found" for tool, path in tools.items()},
-        "builds in": _describe_folder(found["cache_folder"]),
-        **{f"library {name}": _describe_library(library) for name, library in found["libraries"].items()},
-    }
-    table = Table(show_header=False, box=None)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(name, text)
-    out.print(table, highlight=False, markup=False)
-    for problem in found["problems"]:
-        err.print(f"problem: {problem}", style="red", markup=False, highlight=False)
-
-
-def _describe_folder(folder: dict[str, Any]) -> str:
-    if folder["temporary"]:
-        return f"a temporary folder takes its place: {folder['temporary']}"
-    if folder["path"] is None:
-        return "a temporary folder of each process"
-    return f"{folder['path']}{'' if folder['writable'] else ' (cannot be written to)'}"
-
-
-def _describe_library(library: dict[str, Any]) -> str:
-    if library["built"]:
-        return f"{library['path']} (its checksum matches)"
-    return library["problem"] or "not built yet (int8compile build)"
-
-
-def _describe_kernels(kernels: dict[str, Any]) -> str:
-    if kernels["chosen"] is None:
-        return "not built yet (int8compile build, or the first compiled model, does it)"
-    available = " ".join(kernels["available"])
-    wanted = "" if kernels["requested"] == "auto" else f"; INT8COMPILE_CPU_ISA={kernels['requested']}"
-    return f"{kernels['chosen']}, of {available}{wanted}"
 
 
 def main() -> None:
