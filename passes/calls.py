@@ -8,6 +8,12 @@ import torch
 from torch import fx
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """All arguments of an operator's call in the order of its schema, however they were written."""
+    rest = cast(torch._ops.OpOverload, node.target)._schema.arguments[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+
+
 class LinearCall(NamedTuple):
     """``int8compile.linear(x, weight, scale, bias, threshold, policy)``"""
 
@@ -20,7 +26,7 @@ class LinearCall(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> LinearCall:
-        return cls(*cast(Any, node.args))
+        return cls(*arguments(node))
 
     @staticmethod
     def threshold_of(quantized: fx.Node) -> float:
@@ -43,7 +49,7 @@ class ScaledMmCall(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> ScaledMmCall:
-        return cls(*cast(Any, node.args))
+        return cls(*arguments(node))
 
     @property
     def activation(self) -> tuple[object, ...]:

@@ -24,12 +24,14 @@ class PassContext:
         config: the user's options.
         grad_enabled: whether gradients are recorded where the graph begins.
         sites: one for each linear, written by ``quantize``.
+        inserted: the calls that passes made; all others are the user's own.
     """
 
     capture: Capture
     config: Int8Config
     grad_enabled: bool = False
     sites: dict[fx.Node, Site] = dataclasses.field(default_factory=dict)
+    inserted: set[fx.Node] = dataclasses.field(default_factory=set)
 
     def call(
         self,
@@ -44,6 +46,7 @@ class PassContext:
         graph = self.capture.graph
         with graph.inserting_before(before):
             node = graph.call_function(target, args, kwargs)
+        self.inserted.add(node)
         node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         if value is None:
             values = argument_values(args)

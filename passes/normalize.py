@@ -65,7 +65,7 @@ def normalize(graph: fx.Graph, context: PassContext) -> int:
         if node.target is LINEAR and node.op == "call_function" and not node.kwargs and len(node.args) == 3:
             continue
         if node.op == "call_function" and node.target in _INT8:
-            if node.target is int8_linear and len(node.args) == len(_INT8_ARGUMENTS):
+            if not node.users or (node.target is int8_linear and len(node.args) == len(_INT8_ARGUMENTS)):
                 continue
             context.replace(node, context.call(node, int8_linear, _positional(node), like=node, value=meta_value(node)))
             changes += 1

@@ -33,6 +33,8 @@ def _groups(graph: fx.Graph, context: PassContext) -> list[list[fx.Node]]:
     where, effects = regions(graph, context.grad_enabled), Effects(graph)
     groups: dict[object, list[list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=linear):
+        if not node.users:  # the user's own, and left to the compiler
+            continue
         call, out = LinearCall.of(node), meta_tensor(node)
         key = (call.x, call.threshold, call.policy, None if out is None else out.dtype, where[node])
         runs = groups.setdefault(key, [])

@@ -18,7 +18,7 @@ from int8compile.graph.capture import is_constant
 from int8compile.graph.dump import dump, meta_tensor, meta_value, target_name
 from int8compile.limits import FLOAT_DTYPES
 from int8compile.ops import linear, master_linear, quantize_rowwise, scaled_mm
-from int8compile.passes.calls import LinearCall, ScaledMmCall
+from int8compile.passes.calls import LinearCall, ScaledMmCall, arguments
 from int8compile.passes.context import PassContext, argument_values
 
 
@@ -35,10 +35,10 @@ def _fail(graph: fx.Graph, problem: str) -> None:
 
 
 def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
-    if not node.users:
+    if not node.users and node in context.inserted:
         _fail(graph, f"{node.name} ({target_name(node.target)}) is dead")
     with context.capture.fake_mode:
-        expected = node.target(*argument_values(node.args))  # type: ignore[operator]
+        expected = node.target(*argument_values(arguments(node)))  # type: ignore[operator]
     # Shapes only: under autocast the dtype is that of the region, which this call of the fake does not see.
     for want, have in zip(_tensors(expected), _tensors(meta_value(node)), strict=True):
         if _differ(want.shape, have.shape):
