@@ -38,6 +38,8 @@ def readers(graph: fx.Graph, context: PassContext, effects: Effects) -> list[lis
     where = regions(graph, context.grad_enabled)
     runs_of: dict[object, list[list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=linear):
+        if not node.users:  # the user's own, which nobody reads
+            continue
         call, out = LinearCall.of(node), meta_tensor(node)
         key = (call.x, call.threshold, call.outlier_policy, None if out is None else out.dtype, where[node])
         runs = runs_of.setdefault(key, [])

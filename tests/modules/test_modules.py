@@ -219,6 +219,27 @@ def test_the_backend_sees_int8_linears_and_shares_their_activation():
     assert report.summary() == "4 of 4 linears"
 
 
+def test_int8_calls_of_the_users_own_may_go_unread_and_leave_out_defaults():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = int8_attention()
+
+        def forward(self, x):
+            weight, scale = self.attention.q.weight, self.attention.q.weight_scale
+            self.attention.v(x)
+            torch.ops.int8compile.linear(x, weight, scale, None, 0.0)
+            torch.ops.int8compile.quantize_rowwise.default(x, 6.0)
+            codes, row_scale, _ = torch.ops.int8compile.quantize_rowwise.default(x, 0.0)
+            own = torch.ops.int8compile.scaled_mm.default(
+                codes, row_scale, x, None, weight, bias=None, weight_scale=scale, out_dtype=torch.float32
+            )
+            return own + self.attention.q(x) + self.attention.k(x).sum()
+
+    model, x = Odd(), activation(5, 48)
+    assert torch.equal(compile_eager(model)(x), model(x))
+
+
 def test_int8_and_float_linears_side_by_side_under_the_backend():
     model, x = Attention().requires_grad_(False), activation(5, 48)
     int8compile.quantize_(model, {"min_features": 0, "llm_int8_skip_modules": ["k", "v"]})
