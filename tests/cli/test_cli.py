@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from int8compile.cli.app import app
+from int8compile.cli.commands import app
 from int8compile.native import loader, providers
 
 runner = CliRunner()

@@ -23,7 +23,7 @@ from documents import DOCUMENTS, Block, blocks, commands, first_column, inline_c
 
 import int8compile
 from int8compile import errors
-from int8compile.cli.app import app
+from int8compile.cli.commands import app
 from int8compile.config import Int8Config
 from int8compile.passes import PIPELINE
 from int8compile.report import Reason
