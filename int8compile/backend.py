@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from int8compile.native import loader, providers
 from int8compile.native.providers import Provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.analysis import Effects
+from int8compile.passes.analysis.effects import storage_of
 from int8compile.passes.analysis.sites import complete_sites, weight_uses
 from int8compile.report import GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import unmatched
@@ -127,10 +129,11 @@ def _runner(
     written = _written_inputs(captured)
     fetch = LiftedInputs(STORE, inputs, written).fetch
     in_float = original.forward if written else None
+    overlap = _new_overlap(captured, written)
 
     def call(*args: Any) -> Any:
         lifted = fetch(args)
-        if lifted is None and in_float is not None:
+        if in_float is not None and (lifted is None or overlap(args)):
             _warn_of_overlap()
             return in_float(*args)
         return compiled(*[args[i] for i in kept], *lifted)  # type: ignore[misc]
@@ -149,11 +152,30 @@ def _written_inputs(captured: Capture) -> list[int]:
     return [captured.position[node] for node in tensors if effects.ever_written(node)]
 
 
+def _new_overlap(captured: Capture, written: Sequence[int]) -> Callable[[Sequence[Any]], bool]:
+    """Whether at a call an input that is written to shares its storage with more inputs than when it was captured.
+
+    Dynamo and AOTAutograd guard what overlapped then. Others were taken to lie apart, and read where it suited.
+    """
+    values = {captured.position[node]: meta_tensor(node) for node in captured.kept}
+    storages = {position: storage_of(value) for position, value in values.items() if value is not None}
+    known = [position for position, storage in storages.items() if storage is not None]
+    then = Counter(storages[position] for position in known)
+    expected = [(position, then[storages[position]]) for position in written if position in known]
+
+    def overlap(args: Sequence[Any]) -> bool:
+        now = {position: args[position].untyped_storage()._cdata for position in known}
+        counts = Counter(now.values())
+        return any(counts[now[position]] > count for position, count in expected)
+
+    return overlap
+
+
 @functools.cache
 def _warn_of_overlap() -> None:
     log.warning(
-        "int8: a compiled graph was given a tensor to write to that shares memory with one of its weights; calls like "
-        "this run in float"
+        "int8: a compiled graph was given a tensor to write to that shares memory with one of its weights or other "
+        "inputs, and did not when it was compiled; calls like this run in float"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES, SMALLEST_THRESHOLD
+from int8compile.torch_internals.operators import is_fake
 
 LIBRARY = torch.library.Library("int8compile", "DEF")
 
@@ -83,6 +84,12 @@ def check(condition: bool, op: str, problem: str) -> None:
 def check_activation(op: str, x: torch.Tensor) -> None:
     check(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]")
     check(x.dtype in FLOAT_DTYPES, op, f"x has dtype {x.dtype}; expected float32, float16 or bfloat16")
+    # An operator would drop it without a word. (A fake has none that could be asked for.)
+    if not is_fake(x) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"int8compile::{op}: x has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad); an int8 linear has "
+            "gradients for backward passes only"
+        )
 
 
 def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None:

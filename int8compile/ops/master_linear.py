@@ -98,13 +98,16 @@ master_linear = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, bias, *_ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
+    ctx.weight_dtype = weight.dtype
+    # Each for the other's gradient, and only then: what is not saved may be written to before the backward pass.
+    to_x, to_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_weight = weight_gradient(grad, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    grad_weight = weight_gradient(grad, x).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
     grad_bias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return grad_x, grad_weight, grad_bias, None, None
 

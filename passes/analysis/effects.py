@@ -25,8 +25,8 @@ What a call writes is said, in this order, by
 
 What this relies on: schemas tell the truth (``running_*`` apart; a name in ``_`` whose schema marks nothing is not
 believed); the fakes of one graph share storages where the tensors do, or else (graphs from a file) every result
-that a schema calls an alias is one. Inputs that alias one another alias in the fakes: for inputs of other calls that
-is AOTAutograd's guard, for weights the runner's (``int8compile/backend.py``).
+that a schema calls an alias is one. Inputs that alias one another alias in the fakes: where some come to do so at a
+later call, one of them written to, the runner sees to it (``int8compile/backend.py``).
 """
 
 from __future__ import annotations

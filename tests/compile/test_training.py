@@ -66,6 +66,16 @@ def test_gradients_are_a_float_linears():
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_what_no_gradient_needs_is_not_saved():
+    """As in a float linear: an activation of a frozen weight may be written to before the backward pass."""
+    leaf, weight = activation(3, 24).requires_grad_(), torch.randn(10, 24)
+    x = leaf * 1
+    out = master_linear(x, weight, None, 6.0)
+    x.mul_(3)
+    out.sum().backward()
+    torch.testing.assert_close(leaf.grad, weight.sum(0).expand(3, 24), rtol=1e-5, atol=1e-5)
+
+
 def test_gradcheck_of_the_surrogate():
     class Surrogate(torch.autograd.Function):
         @staticmethod

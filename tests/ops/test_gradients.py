@@ -101,6 +101,26 @@ def test_quantized_activations_carry_no_gradient():
     assert not any(t.requires_grad for t in outputs)
 
 
+@pytest.mark.parametrize("product", ["linear", "scaled_mm", "reference"])
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_forward_mode_is_refused(product, grad_enabled):
+    """An operator that knows nothing of tangents drops them: torch.func.jvp would say that the derivative is 0."""
+    x, codes, scale, _ = problem(4, 9, 32)
+
+    def function(x):
+        if product == "reference":
+            return REFERENCES[linear](x, codes, scale, None, 0.0)
+        return forward(product, x, codes, scale, None, 0.0)
+
+    with torch.set_grad_enabled(grad_enabled):
+        with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            torch.func.jvp(function, (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+                function(torch.autograd.forward_ad.make_dual(x, x))
+            assert torch.equal(function(x), function(x.clone()))
+
+
 def test_gradient_of_a_gradient():
     codes, scale = quantize_weight(torch.randn(9, 16))
     x = torch.randn(3, 16, requires_grad=True)

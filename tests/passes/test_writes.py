@@ -253,3 +253,29 @@ def test_an_input_that_comes_to_lie_in_a_weight_at_a_later_call(view, caplog):
             assert torch.equal(block.w1, expected)
         assert distance(call(INPUT, torch.ones(K)), F.linear(INPUT, block.w1)) < 0.03
     assert len(call.graphs) <= 2
+
+
+@pytest.mark.parametrize("place", ["activation", "bias"])
+def test_inputs_that_come_to_overlap_at_a_later_call(place):
+    """What is read once for two products changes between them, which it did not when the graph was captured."""
+
+    def function(m, x, written):
+        first = F.linear(x, m.w1, m.b1)
+        written.mul_(-3)
+        return first, F.linear(x, m.w2, m.b2), x
+
+    block = Block(function, None)
+    call = compile_eager(block)
+    with torch.no_grad():
+        for overlapping in (False, True, False, True):
+            x = INPUT.clone()
+            written = (x.view(-1)[:N] if place == "activation" else block.b2.view(-1)) if overlapping else torch.ones(N)
+            before = block.b2.clone()
+            got = call(x, written)
+            block.b2.copy_(before)
+            if overlapping and place == "activation":
+                x = INPUT.clone()
+                written = x.view(-1)[:N]
+            want = block(x, written)
+            block.b2.copy_(before)
+            assert all(distance(a, b) < 0.03 for a, b in zip(got, want, strict=True))
