@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,7 @@ from int8compile.graph.dump import dump, meta_tensor, meta_value
 from int8compile.native import loader, providers
 from int8compile.native.providers import Provider
 from int8compile.passes import PIPELINE, PassContext, run
-from int8compile.passes.analysis import Effects
-from int8compile.passes.analysis.effects import storage_of
+from int8compile.passes.analysis.overlaps import new_overlap, written_inputs
 from int8compile.passes.analysis.sites import complete_sites, weight_uses
 from int8compile.report import GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import unmatched
@@ -126,10 +124,10 @@ def _runner(
         may_release = not any(position in kept for position, _ in sources)
         inputs.append(LiftedInput(tuple(sources), release if may_release else None))
     watch_optimizers()
-    written = _written_inputs(captured)
+    written = written_inputs(captured)
     fetch = LiftedInputs(STORE, inputs, written).fetch
     in_float = original.forward if written else None
-    overlap = _new_overlap(captured, written)
+    overlap = new_overlap(captured, written)
 
     def call(*args: Any) -> Any:
         lifted = fetch(args)
@@ -139,36 +137,6 @@ def _runner(
         return compiled(*[args[i] for i in kept], *lifted)  # type: ignore[misc]
 
     return call
-
-
-def _written_inputs(captured: Capture) -> list[int]:
-    """Positions of the inputs that the graph may write to.
-
-    When it was captured they lay in no int8 weight's memory, which the passes saw to. At another call they may: Dynamo
-    compiles anew for inputs that come to overlap only where the compiled code reads both, and it reads no weight.
-    """
-    effects = Effects(captured.graph)
-    tensors = [node for node in captured.kept if meta_tensor(node) is not None]
-    return [captured.position[node] for node in tensors if effects.ever_written(node)]
-
-
-def _new_overlap(captured: Capture, written: Sequence[int]) -> Callable[[Sequence[Any]], bool]:
-    """Whether at a call an input that is written to shares its storage with more inputs than when it was captured.
-
-    Dynamo and AOTAutograd guard what overlapped then. Others were taken to lie apart, and read where it suited.
-    """
-    values = {captured.position[node]: meta_tensor(node) for node in captured.kept}
-    storages = {position: storage_of(value) for position, value in values.items() if value is not None}
-    known = [position for position, storage in storages.items() if storage is not None]
-    then = Counter(storages[position] for position in known)
-    expected = [(position, then[storages[position]]) for position in written if position in known]
-
-    def overlap(args: Sequence[Any]) -> bool:
-        now = {position: args[position].untyped_storage()._cdata for position in known}
-        counts = Counter(now.values())
-        return any(counts[now[position]] > count for position, count in expected)
-
-    return overlap
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES, SMALLEST_THRESHOLD
-from int8compile.torch_internals.operators import is_fake
+from int8compile.torch_internals.tensors import is_fake
 
 LIBRARY = torch.library.Library("int8compile", "DEF")
 
