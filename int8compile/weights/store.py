@@ -89,7 +89,7 @@ class WeightStore:
     def released(self, weight: torch.Tensor) -> tuple[Int8Weight, bool] | None:
         """The int8 form of a released weight, and whether the float one is transposed; None if it was not released."""
         with self._lock:
-            for key, entry in self._entries.items():
+            for key, entry in list(self._entries.items()):
                 # Merged weights have an entry of their own as well, so single ones are enough.
                 if len(key) == 1 and entry.stamps[0].released and entry.stamps[0].matches(weight):
                     return entry.int8_weight, key[0][1]
@@ -98,7 +98,7 @@ class WeightStore:
     def nbytes(self) -> int:
         """Bytes held, each storage counted once."""
         with self._lock:
-            tensors = [t for entry in self._entries.values() for t in entry.int8_weight]
+            tensors = [t for entry in list(self._entries.values()) for t in entry.int8_weight]
             return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def __len__(self) -> int:
@@ -147,7 +147,8 @@ class WeightStore:
             alive = store()
             if alive is not None:
                 with alive._lock:
-                    for key in [k for k in alive._entries if part in k]:
+                    # (A list first: what dies while this goes on, by a garbage collection, changes the dict.)
+                    for key in [k for k in list(alive._entries) if part in k]:
                         alive._entries.pop(key, None)
 
         return forget

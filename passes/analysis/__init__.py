@@ -5,6 +5,7 @@
 ``arguments``  a call's arguments by the names in its operator's schema
 ``linears``    which nodes compute a linear, in every form there is
 ``fused``      PyTorch's fused attention calls, and what they compute
+``overlaps``   inputs that share memory at a later call and did not at first
 ``slices``     which weights are rows of a parameter
 ``readers``    which int8 linears read one activation
 ``sites``      what the report says of each linear
