@@ -1,12 +1,13 @@
 """The rewrites, in the order they run. Each is a function ``(graph, context) -> number of changes``.
 
-``expand``       PyTorch's fused attention calls become the operations they stand for
-``group_heads``  attention reads each key/value head once, not a copy for each query head
-``normalize``    every form of a linear becomes one canonical node
-``quantize``     each eligible linear becomes ``int8compile.linear``, each other gets a Reason
-``merge``        linears that read one activation become one product
-``share``        an activation that feeds several linears which could not is quantised once
-``verify``       the result obeys the rules, or VerifyError
+``expand``        PyTorch's fused attention calls become the operations they stand for
+``group_heads``   attention reads each key/value head once, not a copy for each query head
+``fold_queries``  attention of one query reads the query heads of a group as rows
+``normalize``     every form of a linear becomes one canonical node
+``quantize``      each eligible linear becomes ``int8compile.linear``, each other gets a Reason
+``merge``         linears that read one activation become one product
+``share``         an activation that feeds several linears which could not is quantised once
+``verify``        the result obeys the rules, or VerifyError
 
 A pass only rewrites: removing what became dead, linting, timing and logging are the runner's (``runner.py``).
 """
@@ -14,6 +15,7 @@ A pass only rewrites: removing what became dead, linting, timing and logging are
 from int8compile.config import PASS_NAMES
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import expand
+from int8compile.passes.fold_queries import fold_queries
 from int8compile.passes.group_heads import group_heads
 from int8compile.passes.merge import merge
 from int8compile.passes.normalize import normalize
@@ -29,6 +31,7 @@ __all__ = [
     "PIPELINE",
     "PassContext",
     "expand",
+    "fold_queries",
     "group_heads",
     "merge",
     "normalize",

@@ -51,9 +51,9 @@ class PassContext:
             node = graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         if value is None:
-            values = argument_values(args)
+            values, named = argument_values(args), argument_values(kwargs or {})
             with self.capture.fake_mode, torch.no_grad():
-                value = target(*values)
+                value = target(*values, **named)
         node.meta["val" if "val" in like.meta and "example_value" not in like.meta else "example_value"] = value
         return node
 

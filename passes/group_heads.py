@@ -23,7 +23,8 @@ from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
 
-_ATTENTION = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
+#: the calls of PyTorch's attention
+ATTENTION = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
 _RESHAPE = {"reshape", "view", torch.reshape, aten.reshape.default, aten.view.default}
 _EXPAND = {"expand", aten.expand.default}
 
@@ -39,7 +40,7 @@ def group_heads(graph: fx.Graph, context: PassContext) -> int:
     where, left = regions(graph, context.grad_enabled), transformed(graph)
     found = []
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _ATTENTION or where[node][1] or node in left:
+        if node.op != "call_function" or node.target not in ATTENTION or where[node][1] or node in left:
             continue
         value, given = meta_tensor(node), arguments(node)
         if value is None or value.device.type != "cpu" or not given or given["enable_gqa"]:

@@ -31,8 +31,9 @@ def tensors(batch=2, heads=2, groups=3, queries=5, keys=7, width=8, dtype=torch.
 def grouped(function, *args, **options):
     """The result of a compiled function, and how many attentions the pass rewrote."""
     torch._dynamo.reset()
-    out = compile_eager(function, **options)(*args)
-    return out, last_report().graphs[0].pass_counts.get("group_heads")
+    # (fold_queries goes on from there, and its results are equal up to rounding only.)
+    out = compile_eager(function, **{"disable_passes": ["fold_queries"], **options})(*args)
+    return out, last_report().graphs[-1].pass_counts.get("group_heads")
 
 
 @pytest.fixture(autouse=True)

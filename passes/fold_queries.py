@@ -1,0 +1,103 @@
+"""fold_queries: attention of one query over grouped heads reads the query heads of a group as rows.
+
+    attention(q [B, H * G, 1, D], k, v [B, H, S, D], enable_gqa=True)
+        -> attention(q as [B, H, G, D], k, v) as [B, H * G, 1, D]
+
+This is a decoded token. PyTorch's CPU kernel reads a key/value head once for all rows of a query head, and again for
+each query head; and it is slow with a single row, on some CPUs without vectors (bf16 and fp16 on a Zen 5 take five
+times as long). Rows do not see one another, so the results are the same up to rounding. ``python -m
+benchmarks.studies.decode_attention`` prints what it is worth by dtype.
+
+Left alone: more queries than one, causal masks (which ask what a row's number is), dropout, gradients, GPUs, masks that
+are neither the same for all query heads nor one row for each, and CPUs with so many threads that the heads of the
+queries keep more of them busy than those of keys do. A single query without groups is left alone, too: read as two
+equal rows it is faster on a Zen 5 and slower on an Emerald Rapids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from int8compile.graph.dump import meta_tensor
+from int8compile.passes.analysis import Effects, regions, transformed
+from int8compile.passes.analysis.arguments import arguments
+from int8compile.passes.context import PassContext
+from int8compile.passes.group_heads import ATTENTION
+
+aten = torch.ops.aten
+
+
+def fold_queries(graph: fx.Graph, context: PassContext) -> int:
+    where, left = regions(graph, context.grad_enabled), transformed(graph)
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in ATTENTION]
+    nodes = [n for n in nodes if not where[n][1] and n not in left and n.users]
+    effects = Effects(graph) if nodes else None
+    changes = 0
+    for node in nodes:
+        if effects is None or any(map(effects.reshaped, [node, *node.all_input_nodes])):
+            continue
+        given = arguments(node)
+        groups = _groups(node, given)
+        if groups is not None and _keeps_threads_busy(node, groups) and _takes_rows(given["attn_mask"], node):
+            context.replace(node, _folded(node, given, groups, context))
+            changes += 1
+    return changes
+
+
+def _groups(node: fx.Node, given: dict[str, Any]) -> int | None:
+    """How many query heads share a key/value head; None where this is no attention of one query."""
+    tensors = [meta_tensor(given[name]) if given else None for name in ("query", "key", "value")]
+    out = meta_tensor(node)
+    if out is None or out.device.type != "cpu" or any(t is None or t.dim() != 4 for t in tensors):
+        return None
+    if given["is_causal"] or given["dropout_p"] != 0:
+        return None
+    query, key, value = (t.shape for t in tensors if t is not None)
+    if not statically_known_true(query[2] == 1):
+        return None
+    heads, kv_heads = query[1], key[1]
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and value[1] == kv_heads and 0 < kv_heads <= heads):
+        return None
+    batches = all(statically_known_true(query[0] == shape[0]) for shape in (key, value))  # none is broadcast
+    grouped = given["enable_gqa"] and heads > kv_heads and heads % kv_heads == 0
+    return heads // kv_heads if batches and grouped else None
+
+
+def _keeps_threads_busy(node: fx.Node, groups: int) -> bool:
+    """Whether less work pays for fewer parts, a head each, that threads can do: a part costs up to twice as much."""
+    out = meta_tensor(node)
+    assert out is not None
+    threads, heads = torch.get_num_threads(), int(out.shape[1])
+    return 2 * -(-heads // groups // threads) <= -(-heads // threads)
+
+
+def _takes_rows(mask: object, attention: fx.Node) -> bool:
+    """Whether a mask says the same for each row, or has one row for each query head."""
+    if mask is None:
+        return True
+    value, out = meta_tensor(mask), meta_tensor(attention)  # type: ignore[arg-type]
+    if value is None or out is None:
+        return False
+    rows = value.shape[-2] if value.dim() > 1 else 1
+    heads = value.shape[-3] if value.dim() > 2 else 1
+    return statically_known_true(rows == 1) and any(statically_known_true(heads == n) for n in (1, out.shape[1]))
+
+
+def _folded(node: fx.Node, given: dict[str, Any], groups: int, context: PassContext) -> fx.Node:
+    """The attention with the query heads of each group as rows, and its result as it was."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return context.call(node, target, args, like=node, kwargs=kwargs)
+
+    by_group = [-1, groups]
+    query, mask = call(aten.unflatten.int, call(aten.squeeze.dim, given["query"], 2), 1, by_group), given["attn_mask"]
+    value = None if mask is None else meta_tensor(mask)
+    if value is not None and value.dim() > 2 and not statically_known_true(value.shape[-3] == 1):  # one for each head
+        mask = call(aten.squeeze.dim, call(aten.unflatten.int, mask, -3, by_group), -2)
+    options = {"attn_mask": mask, "scale": given["scale"]}
+    attended = call(node.target, query, given["key"], given["value"], **options)
+    return call(aten.unsqueeze.default, call(aten.flatten.using_ints, attended, 1, 2), 2)
