@@ -20,7 +20,7 @@ from int8compile.graph.dump import dump, meta_tensor, meta_value
 from int8compile.native import loader, providers
 from int8compile.native.providers import Provider
 from int8compile.passes import PIPELINE, PassContext, run
-from int8compile.passes.analysis.overlaps import new_overlap, written_inputs
+from int8compile.passes.analysis.overlaps import later_overlap, written_inputs
 from int8compile.passes.analysis.sites import complete_sites, weight_uses
 from int8compile.report import GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import unmatched
@@ -115,7 +115,8 @@ def _runner(
     original: fx.GraphModule,
 ) -> Callable[..., Any]:
     """The function Dynamo calls: resolves each int8 weight through the store, then runs the compiled graph."""
-    if not captured.lifted:
+    overlap = later_overlap(captured)
+    if not captured.lifted and overlap is None:
         return compiled
     kept = [captured.position[node] for node in captured.kept]
     inputs = []
@@ -124,17 +125,14 @@ def _runner(
         may_release = not any(position in kept for position, _ in sources)
         inputs.append(LiftedInput(tuple(sources), release if may_release else None))
     watch_optimizers()
-    written = written_inputs(captured)
-    fetch = LiftedInputs(STORE, inputs, written).fetch
-    in_float = original.forward if written else None
-    overlap = new_overlap(captured, written)
+    fetch = LiftedInputs(STORE, inputs, written_inputs(captured)).fetch
 
     def call(*args: Any) -> Any:
         lifted = fetch(args)
-        if in_float is not None and (lifted is None or overlap(args)):
+        if lifted is None or (overlap is not None and overlap(args)):
             _warn_of_overlap()
-            return in_float(*args)
-        return compiled(*[args[i] for i in kept], *lifted)  # type: ignore[misc]
+            return original.forward(*args)
+        return compiled(*[args[i] for i in kept], *lifted)
 
     return call
 

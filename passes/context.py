@@ -12,6 +12,7 @@ from torch import fx
 from int8compile.config import Int8Config
 from int8compile.graph.capture import Capture
 from int8compile.graph.dump import meta_value
+from int8compile.passes.analysis.effects import Effects
 from int8compile.report import Site
 
 
@@ -35,6 +36,10 @@ class PassContext:
 
     def __post_init__(self) -> None:
         self.unread = {node for node in self.capture.graph.nodes if not node.users}
+
+    def effects(self) -> Effects:
+        """The effects in the graph as it is now; what their answers rely on is checked at each call (``overlaps``)."""
+        return Effects(self.capture.graph, self.capture.apart)
 
     def call(
         self,

@@ -48,7 +48,7 @@ def group_heads(graph: fx.Graph, context: PassContext) -> int:
         copies = [c for c in (_copies(given["key"]), _copies(given["value"])) if c]
         if len(copies) == 2:
             found.append((node, copies))
-    effects = Effects(graph) if found else None
+    effects = context.effects() if found else None
     found = [(node, copies) for node, copies in found if effects and all(_same(c, node, effects) for c in copies)]
     for node, copies in found:
         _group(node, copies, context)

@@ -9,7 +9,8 @@ w0 and w1 once. The copies make each result a tensor of its own, as the user's c
 to it); inductor fuses them into what reads them.
 
 Not merged, and left for ``share``: biases that are computed, or written to, only after the first of the products; int8
-weights of the user's own (an ``Int8Linear``), because the joined one would be a second copy of them; rows of a weight.
+weights of the user's own (an ``Int8Linear``), because the joined one would be a second copy of them; rows of a weight;
+a weight that is in the product already.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 
 
 def merge(graph: fx.Graph, context: PassContext) -> int:
-    effects = Effects(graph)
+    effects = context.effects()
     lifted_of = {lifted.weight: lifted for lifted in context.capture.lifted.values()}
     runs = [_joinable(run, lifted_of, effects) for run in readers(graph, context, effects)]
     runs = [run for run in runs if len(run) > 1]
@@ -38,8 +39,12 @@ def merge(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _joinable(run: list[fx.Node], lifted_of: dict[fx.Node, LiftedWeight], effects: Effects) -> list[fx.Node]:
-    """Those of a run with lifted weights whose biases are there, and the same, at the first of them."""
-    lifted = [node for node in run if LinearCall.of(node).weight in lifted_of]
+    """Those of a run with lifted weights, each once, whose biases are there, and the same, at the first of them."""
+    first_with: dict[fx.Node, fx.Node] = {}
+    for node in run:
+        if LinearCall.of(node).weight in lifted_of:
+            first_with.setdefault(LinearCall.of(node).weight, node)
+    lifted = list(first_with.values())
     biases = [(node, LinearCall.of(node).bias) for node in lifted]
     return [node for node, bias in biases if bias is None or effects.readable_at(bias, lifted[0], node)]
 

@@ -20,13 +20,12 @@ from torch import fx
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import quantize_rowwise, scaled_mm
 from int8compile.ops.linear import residual_from
-from int8compile.passes.analysis import Effects
 from int8compile.passes.analysis.readers import LinearCall, readers
 from int8compile.passes.context import PassContext
 
 
 def share(graph: fx.Graph, context: PassContext) -> int:
-    runs = readers(graph, context, Effects(graph))
+    runs = readers(graph, context, context.effects())
     for run in runs:
         _share(context, run)
     return sum(map(len, runs))

@@ -7,7 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/sum.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <numeric>
@@ -15,13 +14,13 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "registry.h"
 
 namespace int8compile {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
@@ -37,15 +36,6 @@ bool needs_gradient(const Tensor& tensor) {
 
 bool needs_gradient(const OptionalTensor& tensor) {
   return tensor.has_value() && needs_gradient(*tensor);
-}
-
-// Forward-mode derivatives, which a kernel would drop without a word.
-template <class... Operands>
-void check_no_tangent(const char* name, const Operands&... operands) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !(torch::autograd::isFwGradDefined(operands) || ...), "int8compile::", name,
-      ": an operand has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad); an int8 linear has gradients for "
-      "backward passes only");
 }
 
 Tensor input_gradient(const Tensor& grad, const Tensor& weight, const Tensor& weight_scale, at::ScalarType dtype) {
@@ -115,7 +105,7 @@ struct Linear : Function<Linear> {
 Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
     c10::string_view outlier_policy) {
-  check_no_tangent("linear", x, bias);
+  check_no_tangent("linear", x, weight_scale, bias);
   if (at::GradMode::is_enabled() && (needs_gradient(x) || needs_gradient(bias))) {
     return Linear::apply(x, weight, weight_scale, bias, threshold, std::string(outlier_policy));
   }
@@ -152,7 +142,7 @@ Tensor scaled_mm(
     const Tensor& codes, const Tensor& row_scale, const Tensor& x, const OptionalTensor& outliers,
     const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, at::ScalarType out_dtype,
     double residual_from) {
-  check_no_tangent("scaled_mm", x, bias);
+  check_no_tangent("scaled_mm", row_scale, x, weight_scale, bias);
   if (at::GradMode::is_enabled() && (needs_gradient(x) || needs_gradient(bias))) {
     return ScaledMm::apply(
         codes, row_scale, x, outliers, weight, weight_scale, bias, int64_t(out_dtype), residual_from);

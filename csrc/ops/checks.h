@@ -23,6 +23,19 @@ inline bool is_float(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
 
+inline bool has_tangent(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined();
+}
+
+// Forward-mode derivatives, which a kernel would drop without a word.
+template <class... Operands>
+void check_no_tangent(const char* op, const Operands&... operands) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(operands) || ...), "int8compile::", op,
+      ": an operand has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad); an int8 linear has gradients for "
+      "backward passes only");
+}
+
 // A tensor argument on `like`'s device, of this dtype and shape; `source` says where one comes from.
 inline void check_tensor(
     const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like, at::ScalarType dtype,

@@ -29,6 +29,7 @@ constexpr int64_t kBlock = 1 << 20;
 at::Tensor input_gradient(
     const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& weight_scale, at::ScalarType dtype) {
   constexpr const char* op = "input_gradient";
+  check_no_tangent(op, grad, weight_scale);
   INT8COMPILE_CHECK(
       weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.device() == grad.device(), op, "weight is ",
       weight.scalar_type(), " ", weight.sizes(), " on ", weight.device(), "; expected int8 [N, K] on ", grad.device());

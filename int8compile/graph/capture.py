@@ -62,6 +62,8 @@ class Capture:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self.examples = dict(zip(placeholders, example_inputs, strict=True))
         self.position = {node: i for i, node in enumerate(placeholders)}
+        #: storages of the inputs' fakes, one read and one written to, that passes took to be two
+        self.apart: set[tuple[Any, Any]] = set()
         self.lifted: dict[tuple[FloatInput, ...], LiftedWeight] = {}
 
     @property

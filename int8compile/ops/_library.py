@@ -43,7 +43,7 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: torch._ops.OpOverload = getattr(torch.ops.int8compile, name).default
-    REFERENCES[op] = _checked(check, reference)
+    REFERENCES[op] = _without_tangents(name, _checked(check, reference))
     LIBRARY.impl(name, REFERENCES[op], "CompositeExplicitAutograd")
     torch.library.register_fake(f"int8compile::{name}", _checked(check, fake), lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -58,6 +58,27 @@ def _checked(check: Callable[..., None], body: Callable[..., Any]) -> Callable[.
         return body(*args, **kwargs)
 
     return checked
+
+
+def _without_tangents(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body, which refuses forward-mode derivatives: an operator would drop them without a word."""
+
+    @functools.wraps(body)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            # (A fake has none that could be asked for.)
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point() and not is_fake(arg) and _has_tangent(arg):
+                raise NotImplementedError(
+                    f"int8compile::{name}: an operand has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad); "
+                    "an int8 linear has gradients for backward passes only"
+                )
+        return body(*args, **kwargs)
+
+    return refusing
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _under_autocast(op: torch._ops.OpOverload, cast: str | None) -> Callable[..., Any]:
@@ -84,12 +105,6 @@ def check(condition: bool, op: str, problem: str) -> None:
 def check_activation(op: str, x: torch.Tensor) -> None:
     check(x.dim() >= 1, op, "x is a scalar; expected a tensor of shape [..., K]")
     check(x.dtype in FLOAT_DTYPES, op, f"x has dtype {x.dtype}; expected float32, float16 or bfloat16")
-    # An operator would drop it without a word. (A fake has none that could be asked for.)
-    if not is_fake(x) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(
-            f"int8compile::{op}: x has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad); an int8 linear has "
-            "gradients for backward passes only"
-        )
 
 
 def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None:

@@ -72,6 +72,8 @@ class LiftedInputs:
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
         groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.sources] for lifted in self._inputs]
+        if not weights:
+            return []
         if is_fake(weights[0]):
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with weights[0].fake_mode:

@@ -31,6 +31,7 @@ later call, one of them written to, the runner sees to it (``int8compile/backend
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -68,9 +69,16 @@ _CALLS = ("call_function", "call_method", "call_module")
 
 
 class Effects:
-    """The effects in a graph as it is now. Passes that then insert calls that only read may go on asking."""
+    """The effects in a graph as it is now. Passes that then insert calls that only read may go on asking.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: of Dynamo or torch.export, with fake values in its meta.
+        apart: takes pairs of inputs' storages, one read and one written to, on whose being two an answer relied.
+            What was asked need not have been done, so these are too many rather than too few.
+    """
+
+    def __init__(self, graph: fx.Graph, apart: set[tuple[Token, Token]] | None = None) -> None:
+        self._apart = apart
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._tracked = _storages_are_tracked(graph)
         self._memory: dict[fx.Node, Memory] = {}
@@ -84,6 +92,7 @@ class Effects:
             written = self._written_by(node)
             if written:
                 self._writers.append((self._order[node], written))
+        self._inputs = frozenset[Token]().union(*(self._memory[n] for n in graph.find_nodes(op="placeholder")))
 
     def memory(self, node: fx.Node) -> Memory:
         """All the memory that a node's value may lie in."""
@@ -93,7 +102,13 @@ class Effects:
         """Whether anything from ``start`` (with it) to ``end`` (without it) may write to the memory of ``value``."""
         first, last = self._order[start], self._order[end]
         memory = self._memory[value]
-        return any(first <= i < last and _overlap(memory, written) for i, written in self._writers)
+        between = [written for i, written in self._writers if first <= i < last]
+        if any(_overlap(memory, written) for written in between):
+            return True
+        if self._apart is not None:
+            for written in between:
+                self._apart.update(itertools.product(memory & self._inputs, written & self._inputs))
+        return False
 
     def readable_at(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether just before ``start`` a value is there already, and is what ``end`` reads."""

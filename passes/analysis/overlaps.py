@@ -1,15 +1,19 @@
 """Inputs that share memory at a later call of a compiled graph, and did not when it was captured.
 
-Effects are found on the inputs of the capture. Dynamo and AOTAutograd guard what overlapped then, and compile anew for
-inputs that come to overlap where the compiled code reads both. They do not see a read that was moved past a write, nor
-a float weight, which the compiled code no longer reads. So a graph that writes to an input looks at each call.
+Effects are found on the inputs of the capture, and passes moved reads past writes to other inputs. If those come to
+overlap later, nothing sees it: Dynamo and AOTAutograd guard the overlaps that were there at first. So a graph in which
+such a read was moved compares its arguments at each call, and runs in float if they overlap. Most graphs have none.
+
+Float weights, which a compiled graph no longer reads, are looked after where they are resolved
+(``int8compile/weights/lifted_inputs.py``).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from int8compile.graph.capture import Capture
 from int8compile.graph.dump import meta_tensor
@@ -24,27 +28,34 @@ def written_inputs(captured: Capture) -> list[int]:
     return [captured.position[node] for node in tensors if effects.ever_written(node)]
 
 
-def new_overlap(captured: Capture, written: Sequence[int]) -> Callable[[Sequence[Any]], bool]:
-    """A function of a call's arguments: whether one that is written to shares its storage with more than it did."""
-    values = {captured.position[node]: meta_tensor(node) for node in captured.kept}
-    storages = {position: storage_of(value) for position, value in values.items() if value is not None}
-    known = [position for position, storage in storages.items() if storage is not None]
-    then = [storages[position] for position in known]
-    sharing = _first_alike(then)
-    counts_then = Counter(then)
-    expected = [(i, counts_then[then[i]]) for i, position in enumerate(known) if position in written]
-
-    def overlap(args: Sequence[Any]) -> bool:
-        now = [storage_key(args[position]) for position in known]
-        if _first_alike(now) == sharing:  # as at nearly every call
-            return False
-        counts = Counter(now)
-        return any(counts[now[i]] > count for i, count in expected)
-
-    return overlap
+def later_overlap(captured: Capture) -> Callable[[Sequence[Any]], bool] | None:
+    """A function of a call's arguments: whether two overlap that passes took to lie apart; None if there are none."""
+    positions: dict[int, list[int]] = {}
+    for node in captured.kept:
+        value = meta_tensor(node)
+        storage = None if value is None else storage_of(value)
+        if storage is not None:
+            positions.setdefault(storage, []).append(captured.position[node])
+    pairs = {
+        (read, written)
+        for storages in captured.apart
+        for read in positions.get(storages[0], ())
+        for written in positions.get(storages[1], ())
+    }
+    return (lambda args: any(_overlap(args[i], args[j]) for i, j in pairs)) if pairs else None
 
 
-def _first_alike(values: Sequence[object]) -> list[int]:
-    """For each value the index of the first that equals it."""
-    first: dict[object, int] = {}
-    return [first.setdefault(value, i) for i, value in enumerate(values)]
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors may have an element in common: whether what lies from the first to the last does."""
+    if storage_key(a) != storage_key(b):
+        return False
+    (start, end), (other_start, other_end) = _extent(a), _extent(b)
+    return start < other_end and other_start < end
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from int8compile.native import loader
-from int8compile.ops import input_gradient, linear, quantize_rowwise, quantize_weight, scaled_mm
+from int8compile.ops import input_gradient, linear, master_linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import REFERENCES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,6 +119,19 @@ def test_forward_mode_is_refused(product, grad_enabled):
             with pytest.raises(NotImplementedError, match="forward-mode tangent"):
                 function(torch.autograd.forward_ad.make_dual(x, x))
             assert torch.equal(function(x), function(x.clone()))
+
+
+@pytest.mark.parametrize("operand", ["bias", "weight_scale", "weight", "grad"])
+def test_forward_mode_is_refused_of_every_operand(operand):
+    x, codes, scale, _ = problem(4, 9, 32)
+    function, tensor = {
+        "bias": (lambda bias: linear(x, codes, scale, bias, 0.0), torch.randn(9)),
+        "weight_scale": (lambda scale: linear(x, codes, scale, None, 0.0), scale),
+        "weight": (lambda weight: master_linear(x, weight, None, 0.0), torch.randn(9, 32)),
+        "grad": (lambda grad: input_gradient(grad, codes, scale, torch.float32), torch.randn(4, 9)),
+    }[operand]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode tangent"):
+        function(torch.autograd.forward_ad.make_dual(tensor, tensor))
 
 
 def test_gradient_of_a_gradient():

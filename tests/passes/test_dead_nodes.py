@@ -58,8 +58,7 @@ def test_the_users_own_dead_nodes_stay():
     assert targets(operation) == ["operator.mul", "int8compile.linear"]
     assert targets(transpose) == ["t", "int8compile.linear"]
     assert targets(float_linear) == ["torch._C._nn.linear", "int8compile.linear"]
-    assert targets(int8_linear).count("int8compile.scaled_mm") == 3
-    assert targets(int8_linear, disable_passes=["share"]) == ["int8compile.linear"] * 3
+    assert targets(int8_linear) == ["int8compile.linear"] * 3  # what nobody reads shares no activation
 
 
 def test_what_lost_its_last_reader_goes_and_what_another_reads_stays():

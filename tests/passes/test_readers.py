@@ -43,7 +43,24 @@ class OwnInt8(nn.Module):
         return self.q(x), own, self.v(x)
 
 
+class Twice(nn.Module):
+    """One weight, read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(3, 4, bias=False).requires_grad_(False)
+
+    def forward(self, x):
+        return self.q(x), self.q(x)
+
+
 class TestReaders(TestCase):
+    def test_a_weight_is_not_joined_with_itself(self):
+        """It would be held twice."""
+        text = golden(Twice(), X)
+        assert "q.weight+q.weight" not in text
+        assert text.count("scaled_mm(") == 2
+
     def test_some_join_and_one_is_left(self):
         self.assertExpectedInline(
             golden(PartlyJoinable(), X),
@@ -100,7 +117,7 @@ return (%12, %9, %14)
 
 def test_the_order_of_the_pipeline():
     names = [p.__name__ for p in PIPELINE]
-    assert names == ["expand", "group_heads", "normalize", "quantize", "merge", "share", "verify"]
+    assert names == ["expand", "group_heads", "fold_queries", "normalize", "quantize", "merge", "share", "verify"]
 
 
 @pytest.mark.parametrize(

@@ -279,3 +279,60 @@ def test_inputs_that_come_to_overlap_at_a_later_call(place):
             want = block(x, written)
             block.b2.copy_(before)
             assert all(distance(a, b) < 0.03 for a, b in zip(got, want, strict=True))
+
+
+def test_inputs_that_come_to_overlap_others_than_at_first():
+    """What is written shares memory with another input from the beginning, and later with the activation instead."""
+
+    def function(m, x, written, c):
+        first = F.linear(x, m.w1)
+        written.mul_(-3)
+        return first, F.linear(x, m.w2), c + 1
+
+    block = Block(function, None)
+    call = compile_eager(block)
+
+    def inputs(place):
+        x, c = INPUT.clone(), torch.ones(N)
+        return x, {"x": x.view(-1)[:N], "c": c[:N], "none": torch.ones(N)}[place], c
+
+    with torch.no_grad():
+        for place in ("c", "x", "c", "x", "none"):
+            want = block(*inputs(place))
+            assert all(distance(a, b) < 0.03 for a, b in zip(call(*inputs(place)), want, strict=True)), place
+
+
+def test_heads_that_come_to_overlap_what_is_written():
+    """No linear is in the graph, and grouped heads are read after the write instead of before."""
+
+    def attention(q, k, v, written):
+        k, v = (t[:, :, None].expand(1, 2, 2, 5, 8).reshape(1, 4, 5, 8) for t in (k, v))
+        written.mul_(-3)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def inputs(overlapping):
+        q, k, v = (torch.randn(1, heads, 5, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+        return q, k, v, k.view(-1)[:N] if overlapping else torch.ones(N)
+
+    call = compile_eager(attention)
+    with torch.no_grad():
+        for overlapping in (False, True, False, True):
+            torch.testing.assert_close(call(*inputs(overlapping)), attention(*inputs(overlapping)))
+    assert last_report().graphs[-1].pass_counts["group_heads"] == 1
+
+
+def test_what_lies_apart_in_one_storage_does_not_overlap(caplog):
+    def function(m, x, written):
+        first = F.linear(x, m.w1)
+        written.mul_(-3)
+        return first, F.linear(x, m.w2)
+
+    block = Block(function, None)
+    call = compile_eager(block)
+    with torch.no_grad():
+        call(INPUT.clone(), torch.ones(N))
+        buffer = torch.cat([INPUT.flatten(), torch.ones(N)])
+        x, written = buffer[: INPUT.numel()].view(INPUT.shape), buffer[INPUT.numel() :]
+        in_int8 = call(x, written)
+        assert not torch.equal(in_int8[0], F.linear(INPUT, block.w1))
+    assert "run in float" not in caplog.text
