@@ -87,7 +87,7 @@ def cache_tag(config: Int8Config, native: bool) -> str:
 def sources_digest() -> str:
     """Hash of this package's sources, native ones included."""
     digest = hashlib.sha256()
-    for package in ("int8compile", "int8compile.ops", "int8compile.passes", "int8compile.csrc"):
+    for package in ("int8compile", "int8compile.passes", "int8compile.csrc"):
         for path in sorted(_files(resources.files(package)), key=lambda p: str(p)):
             digest.update(str(path.name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -30,8 +30,7 @@ from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import LINEAR
 from int8compile.report import Reason, Site
-from int8compile.torch_internals.tensors import is_any_fake as _is_fake
-from int8compile.torch_internals.tensors import storage_key
+from int8compile.torch_internals.tensors import is_any_fake, storage_key
 
 _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
 
@@ -103,13 +102,17 @@ class _Facts:
             return (Reason.FROZEN if root.op == "get_attr" else Reason.NOT_CONSTANT), ""
         weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
         example = self.context.capture.examples.get(root)
-        if isinstance(example, torch.Tensor) and type(example) not in selection.PLAIN_TENSORS and not _is_fake(example):
+        if (
+            isinstance(example, torch.Tensor)
+            and type(example) not in selection.PLAIN_TENSORS
+            and not is_any_fake(example)
+        ):
             return Reason.SUBCLASS, type(example).__name__
         if weight is None:
             return Reason.SHAPE, ""
         if activation is None or out is None:
             return Reason.DTYPE, ""
-        if not _is_fake(activation) and type(activation) not in selection.PLAIN_TENSORS:
+        if not is_any_fake(activation) and type(activation) not in selection.PLAIN_TENSORS:
             return Reason.SUBCLASS, f"activation: {type(activation).__name__}"
         shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
@@ -147,6 +150,6 @@ class _Facts:
     def _real_storage(self, node: fx.Node) -> int | None:
         """Two Parameters can share storage without being one graph input."""
         example = self.context.capture.examples.get(node)
-        if not isinstance(example, torch.Tensor) or _is_fake(example):
+        if not isinstance(example, torch.Tensor) or is_any_fake(example):
             return None
         return storage_key(example)

@@ -10,7 +10,6 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-PEAK_OPS_PER_US = {"H200": 1979e6, "H100": 1979e6, "A100": 624e6}  # datasheets, int8 dense
 BIG = ((4096, 14336), (14336, 4096), (8192, 28672))
 #: M -> at least so many times as fast as bf16, with 4 outlier columns
 TARGETS = {1: 1.7, 8: 1.7, 64: 1.6, 512: 1.45, 4096: 1.5}

@@ -25,7 +25,7 @@ class CpuTarget(NamedTuple):
         name: as users say it.
         vector_bits: width of the vectors that inductor writes its loops with; 1: none; None: as wide as they are here.
         march: the compiler's name for it; None: this CPU.
-        flags: what a CPU must have to run it, in Linux's words.
+        flags: what a CPU must have to run it, named as in /proc/cpuinfo.
     """
 
     name: str

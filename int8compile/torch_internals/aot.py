@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch._inductor import cpp_builder
 
-from int8compile.torch_internals.inductor import cache_tag
+from int8compile.torch_internals.inductor import in_cache_keys
 
 
 def compile_package(
@@ -41,7 +41,7 @@ def compile_package(
         patches["joint_graph_constant_folding"] = False
     if vector_bits is not None:
         patches["cpp.simdlen"] = vector_bits
-    with cache_tag(tag), _compiled_for(march), warnings.catch_warnings():
+    with in_cache_keys(tag), _compiled_for(march), warnings.catch_warnings():
         # torch 2.13 copies its own tree specs in a way that it warns of.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=patches)

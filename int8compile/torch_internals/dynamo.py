@@ -13,13 +13,15 @@ from torch import fx
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_structured
 
+from int8compile.torch_internals.tensors import is_any_fake, new_fake_mode
+
 
 def fake_mode_of(values: Iterable[object]) -> Any:
     """The fake mode of the first fake among values; a new one if there is none."""
     for value in values:
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if is_any_fake(value):
             return value.fake_mode
-    return torch._subclasses.FakeTensorMode()
+    return new_fake_mode()
 
 
 def static_inputs(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

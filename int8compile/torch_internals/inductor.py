@@ -40,13 +40,13 @@ def compile_graph(
         tag: what decides the result beside the graph and inductor's options, for the keys of inductor's caches.
     """
     decompositions = {**select_decomp_table(), **bodies} if bodies else None
-    with cache_tag(tag):
+    with in_cache_keys(tag):
         compiled: Any = compile_fx(gm, inputs, config_patches=dict(patches), decompositions=decompositions)
     function: Callable[..., Any] = compiled
     return function
 
 
-def cache_tag(tag: str) -> Any:
+def in_cache_keys(tag: str) -> Any:
     """Within the context: a text that is part of the keys of inductor's caches, after the one that is there already."""
     outer: str = torch.compiler.config.cache_key_tag
     return torch.compiler.config.patch(cache_key_tag=f"{outer} {tag}".strip())  # type: ignore[attr-defined]

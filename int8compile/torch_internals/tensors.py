@@ -33,7 +33,7 @@ def is_fake(value: object) -> TypeGuard[FakeTensor]:
     return type(value) is FakeTensor
 
 
-def is_any_fake(value: object) -> bool:
+def is_any_fake(value: object) -> TypeGuard[FakeTensor]:
     """Whether a value is a fake of any kind."""
     return isinstance(value, FakeTensor)
 

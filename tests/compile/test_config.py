@@ -49,7 +49,10 @@ def test_unknown_option_suggests_the_nearest():
         ({"min_features": 1.5}, "min_features=1.5"),
         ({"outlier_policy": "row"}, "expected one of 'column', 'element'"),
         ({"kernels": "fast"}, "expected one of 'auto', 'native', 'reference'"),
-        ({"disable_passes": ["merg"]}, "disable_passes='merg': expected names among expand, group_heads, fold_queries, normalize"),
+        (
+            {"disable_passes": ["merg"]},
+            "disable_passes='merg': expected names among expand, group_heads, fold_queries, normalize",
+        ),
         ({"mode": "fast"}, "expected one of 'default'"),
         ({"inductor": ["max_autotune"]}, "expected a dict of inductor's own options"),
         (
