@@ -2,7 +2,8 @@
 
 Effects are found on the inputs of the capture. Dynamo and AOTAutograd guard what overlapped then, and compile anew for
 inputs that come to overlap where the compiled code reads both. They do not see a read that was moved past a write, nor
-a float weight, which the compiled code no longer reads. So a graph that writes to an input looks at each call.
+a float weight, which the compiled code no longer reads. So for a graph that writes to an input, every call checks its
+arguments for new overlaps, and runs in float if there are any.
 """
 
 from __future__ import annotations
