@@ -1,7 +1,7 @@
 """Every option, as one dataclass, and every environment variable.
 
-Names are those of ``transformers.BitsAndBytesConfig`` wherever it has one. Nothing else in the package
-reads options or environment variables.
+Names are those of ``transformers.BitsAndBytesConfig`` wherever it has one. No other file reads an ``INT8COMPILE_``
+variable.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Int8Config:
     """Options of ``torch.compile(model, backend="int8", options={...})``.
 
     Args:
-        llm_int8_threshold: features that reach this magnitude in any row are multiplied in 16 bits
-            (LLM.int8(), section 3.2). 0 turns the decomposition off; anything else is at least 2**-126. With infinity,
-            infinite values alone are multiplied so.
+        llm_int8_threshold: features that reach this magnitude in any row are multiplied in the activation's own dtype
+            (16 bits in the paper: LLM.int8(), section 3.2). 0 turns the decomposition off; anything else is at least
+            2**-126. With infinity, infinite values alone are multiplied so.
         llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
             dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
         llm_int8_has_fp16_weight: keep the weights as they are, so that they can train, and quantise them at each
@@ -40,8 +40,8 @@ class Int8Config:
         llm_int8_enable_fp32_cpu_offload: accepted for compatibility; a compiled graph runs wherever its
             tensors are, so it changes nothing here.
         outlier_policy: ``"column"`` is the paper's rule, in which an outlier marks its feature for every row
-            of the batch. ``"element"`` gives 16 bits to the outlier elements alone, so that a row's result
-            does not depend on the rows beside it (up to the order of fp32 summation).
+            of the batch. ``"element"`` takes the outlier elements alone out of the int8 product, so that a row's
+            result does not depend on the rows beside it (up to the order of fp32 summation).
         min_features: a linear with fewer input or output features stays in float. 0: nothing is too small.
             The default is where int8 stops paying; ``benchmarks/studies/min_features.py`` prints the figures.
         skip_output_embeddings: leave ``lm_head`` / ``embed_out`` and weights shared with an embedding in float.
@@ -211,7 +211,7 @@ def _without_tilde(path: Path) -> Path:
 
 
 def cpu_isa() -> str:
-    """The instruction set CPU kernels are held to, from ``INT8COMPILE_CPU_ISA``; ``auto`` takes the best there is."""
+    """The set of CPU kernels that ``INT8COMPILE_CPU_ISA`` names; ``auto`` takes the best there is."""
     return os.environ.get("INT8COMPILE_CPU_ISA") or "auto"
 
 

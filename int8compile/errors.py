@@ -68,7 +68,11 @@ class ExportError(Int8CompileError, TypeError):
 
 
 class ProgramFileError(Int8CompileError, ValueError):
-    """A file that ``load`` refuses: no int8compile program, damaged, of another format, or with pickled content."""
+    """A file that ``load`` or ``load_package`` refuses.
+
+    It is not int8compile's, is damaged, has another format version, holds pickled content or unknown operators, or is a
+    package for another CPU, GPU or torch.
+    """
 
 
 class ModelNameError(Int8CompileError, ValueError):

@@ -1,6 +1,6 @@
-"""Parts of the package that parts below them call, without importing what is above them.
+"""Lets a lower part of the package call a higher one without importing it.
 
-``int8compile/__init__.py`` says how such a part is loaded, which happens when it is first called for.
+``int8compile/__init__.py`` registers a loader for the higher part, which imports it at the first call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _loaders: dict[str, Callable[[], Any]] = {}
 
 
 def register(name: str, load: Callable[[], Any]) -> None:
-    """Say how a part is loaded."""
+    """Register a loader: a function that imports a part and returns it."""
     _loaders[name] = load
 
 

@@ -6,7 +6,7 @@
 ``normalize``     every form of a linear becomes one canonical node
 ``quantize``      each eligible linear becomes ``int8compile.linear``, each other gets a Reason
 ``merge``         linears that read one activation become one product
-``share``         an activation that feeds several linears which could not is quantised once
+``share``         an activation that several linears still read is quantised once for all of them
 ``verify``        the result obeys the rules, or VerifyError
 
 A pass only rewrites: removing what became dead, linting, timing and logging are the runner's (``runner.py``).
@@ -24,7 +24,7 @@ from int8compile.passes.runner import Pass, run
 from int8compile.passes.share import share
 from int8compile.passes.verify import verify
 
-#: the functions above, in the order of their names, which is written down where the options are
+#: the passes in the order of PASS_NAMES in config.py; each name is that of its function
 PIPELINE: tuple[Pass, ...] = tuple(globals()[name] for name in PASS_NAMES)
 
 __all__ = [

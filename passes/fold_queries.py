@@ -4,14 +4,15 @@
         -> attention(q as [B, H, G, D], k, v) as [B, H * G, 1, D]
 
 This is a decoded token. PyTorch's CPU kernel reads a key/value head once for all rows of a query head, and again for
-each query head; and it is slow with a single row, on some CPUs without vectors (bf16 and fp16 on a Zen 5 take five
-times as long). Rows do not see one another, so the results are the same up to rounding. ``python -m
-benchmarks.studies.decode_attention`` prints what it is worth by dtype.
+each query head; and a product with a single row is slow. Rows do not see one another, so the results are the same up to
+rounding. What it is worth, as ``python -m benchmarks.studies.decode_attention`` prints it: float32 1.3 to 1.6 times on
+an Emerald Rapids, float16 1.8 to 2.7 times, bfloat16 0.8 to 1.1 times there, and 4 to 6 times on a Zen 5, for which MKL
+has no product of one row in bfloat16.
 
-Left alone: more queries than one, causal masks (which ask what a row's number is), dropout, gradients, GPUs, masks that
-are neither the same for all query heads nor one row for each, and CPUs with so many threads that the heads of the
-queries keep more of them busy than those of keys do. A single query without groups is left alone, too: read as two
-equal rows it is faster on a Zen 5 and slower on an Emerald Rapids.
+Left alone: bfloat16 on Intel's CPUs; more queries than one; causal masks (which ask what a row's number is); dropout;
+gradients; GPUs; masks that are neither the same for all query heads nor one row for each; and CPUs with so many threads
+that the heads of the queries keep more of them busy than those of keys do. A single query without groups is left alone,
+too: read as two equal rows it was 1.7 times as fast on the Zen 5, and takes four times as long on the other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from int8compile.cpuinfo import cpu_says
 from int8compile.graph.dump import meta_tensor
 from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.analysis.arguments import arguments
@@ -42,7 +44,7 @@ def fold_queries(graph: fx.Graph, context: PassContext) -> int:
             continue
         given = arguments(node)
         groups = _groups(node, given)
-        if groups is not None and _keeps_threads_busy(node, groups) and _takes_rows(given["attn_mask"], node):
+        if groups is not None and _is_worth_it(node, groups) and _takes_rows(given["attn_mask"], node):
             context.replace(node, _folded(node, given, groups, context))
             changes += 1
     return changes
@@ -67,10 +69,12 @@ def _groups(node: fx.Node, given: dict[str, Any]) -> int | None:
     return heads // kv_heads if batches and grouped else None
 
 
-def _keeps_threads_busy(node: fx.Node, groups: int) -> bool:
-    """Whether less work pays for fewer parts, a head each, that threads can do: a part costs up to twice as much."""
+def _is_worth_it(node: fx.Node, groups: int) -> bool:
+    """Whether rows are faster here, and less work pays for fewer parts, a head each and up to twice as much work."""
     out = meta_tensor(node)
     assert out is not None
+    if out.dtype is torch.bfloat16 and cpu_says("vendor_id") == "GenuineIntel":
+        return False
     threads, heads = torch.get_num_threads(), int(out.shape[1])
     return 2 * -(-heads // groups // threads) <= -(-heads // threads)
 

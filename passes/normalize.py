@@ -8,9 +8,9 @@
     (f) aten.linear, mm, addmm, matmul of an exported graph, the same way
     (g) int8compile.linear, the user's own              -> the same, with all its arguments positional
 
-A product is a linear only if its second operand is, through transposes, a parameter or buffer: attention's ``q @ k.T``
-stays. So do einsums that permute their result or broadcast features and, with a Reason: ``out=``, addmm with alpha or
-beta, or with a bias that is not [N], and a product that nothing reads.
+A matmul is a linear only if its second operand (of an einsum, either) is, through transposes, a parameter or buffer:
+attention's ``q @ k.T`` stays. Left too: einsums that permute their result or broadcast features. Left with a Reason:
+``out=``, addmm with alpha or beta, or with a bias that is not [N], and a product that nothing reads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 //
 // Bit for bit the reference: ops/quantize_rowwise.py and row_codes in ops/quantize_weight.py. The row is read twice,
 // the second time from L1 or L2. Magnitudes are compared as integers, which orders floats the same and puts NaN on top,
-// so that a NaN reaches the scale as it does in the reference.
+// so that a NaN reaches the scale as it does in the reference. The threshold is compared in take_outliers of vec_*.h,
+// as floats; residual_row compares it again for policy element.
 
 #pragma once
 

@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: whether there is one.
-        threshold: magnitude from which an activation's features are multiplied in 16 bits; 0: none are.
+        threshold: magnitude from which an activation's features are multiplied in its own dtype; 0: none are.
         outlier_policy: ``"column"`` (the paper's rule) or ``"element"``; see ``Int8Config``.
         kernels: ``"auto"``, ``"native"`` or ``"reference"``; see ``Int8Config``. Native kernels are loaded (and built)
             at the first call.

@@ -1,4 +1,7 @@
-"""The choice of what computes the int8 products on a device: native kernels, or the operators' reference bodies."""
+"""The choice of what computes the int8 products on a device: native kernels, or the operators' reference bodies.
+
+(The CPU's instruction sets: ``csrc/cpu/providers.cpp``.)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def wanted() -> list[str]:
 
 
 class Provider(NamedTuple):
-    """Who computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``."""
+    """What computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``."""
 
     name: str
     native: bool

@@ -1,4 +1,14 @@
-"""The operators. Importing this package registers them under ``torch.ops.int8compile``."""
+"""The operators. Importing this package registers them under ``torch.ops.int8compile``.
+
+``linear``            a linear on an int8 weight: quantises the activation and multiplies
+``quantize_rowwise``  an activation to int8 codes, row scales and outlier columns
+``scaled_mm``         the product of an activation that is quantised already, outlier product included
+``quantize_weight``   a float weight to int8 and its scales
+``master_linear``     a linear on a float weight that trains, quantised at each call
+``input_gradient``    the gradient of an int8 linear with respect to its activation
+``int_product``       the exact int32 product of two int8 matrices, for the reference bodies (no operator)
+``_library``          ``define``, which registers an operator, and the checks that operators share
+"""
 
 from int8compile.ops.input_gradient import input_gradient
 from int8compile.ops.linear import linear

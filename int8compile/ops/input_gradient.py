@@ -1,6 +1,7 @@
 """``input_gradient``: the gradient of an int8 linear with respect to its activation.
 
-Quantising is taken as the identity (a straight-through estimate), so the gradient passes the dequantised weight:
+Quantising is taken as the identity (a straight-through estimate), so the gradient is multiplied by the dequantised
+weight:
 
     dx[m, k] = sum_n (grad[m, n] * weight_scale[n]) * weight[n, k]
 

@@ -21,8 +21,9 @@ least two rows and two columns, where strides have one meaning and ``contiguous(
 only if it is not so already, and in a traced graph it holds for whatever layout inductor chooses: its buffers are
 dense, and without a size of 1 a dense one is row-major or transposed.
 
-Besides, torch asks the CPU, and oneDNN may have been told otherwise: held to AVX2, say (``ONEDNN_MAX_CPU_ISA=AVX2``),
-on a CPU that has it, its products saturate in 16 bits. So the first call tries it on the largest codes.
+Even on a CPU with int8 dot products oneDNN may not use them: ``ONEDNN_MAX_CPU_ISA=AVX2`` limits it to AVX2, where its
+sums saturate at 16 bits. So the first call multiplies matrices of the largest codes, and CPUs use ``_int_mm`` only if
+the result is exact.
 """
 
 from __future__ import annotations

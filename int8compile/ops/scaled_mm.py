@@ -5,7 +5,7 @@ have code 0 there, and what the codes leave over in an outlier column,
 
     r[m, t] = x[m, t] - row_scale[m] * codes[m, t]        (rounded to x's dtype),
 
-is multiplied in 16 bits with the int8 weight, which 16 bits hold exactly:
+is multiplied in x's dtype (16 bits in the paper) with the int8 weight, which every such dtype holds exactly:
 
     sum[m, n] = row_scale[m] * sum_k codes[m, k] * weight[n, k]  +  sum_t r[m, t] * weight[n, t]
     out[m, n] = weight_scale[n] * sum[m, n] + bias[n]

@@ -3,11 +3,11 @@
 The file is PyTorch's own ``.pt2`` archive (a zip: the graph as JSON, each tensor as raw bytes), with one record more,
 ``extra/int8compile.json``:
 
-    format_version    of this layout and of the operators' schemas; ``load`` takes its own
-    int8compile, torch    the versions that wrote it
-    records    each other record's size and checksum: none is missing, new or from another file
-    config, report    what ``export`` was told and what it did, as far as the program comes from there
-    example_inputs    shapes and dtypes, from which ``load`` makes zeros (``package`` needs example inputs)
+    format_version      of this layout and of the operators' schemas; ``load`` reads only its own version
+    int8compile, torch  the versions that wrote the file
+    records             size and checksum of every other record, so that a missing, added or exchanged one is noticed
+    config, report      the options and the report of ``export``, if it made the program
+    example_inputs      shapes and dtypes, from which ``load`` makes zeros (``package`` needs example inputs)
 
 ``torch.export.load`` trusts a file: it unpickles what an archive holds as a pickle, looks up and runs what its JSON
 names, and gives a tensor the size that its JSON says. So ``load`` looks at all of a file first: that every reader sees
@@ -67,8 +67,8 @@ _FIELDS = {"format_version", "int8compile", "torch", "records", "example_inputs"
 def save(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Write an exported program to a file ``NAME.pt2``, whole or not at all.
 
-    Weights tied to one another are written once, and of a memory that several share what they have of it. Example
-    inputs are left out but for their shapes, and so are stack traces, which name files of this machine.
+    Tied weights are written once; of storage that several tensors share, only what they use. Example inputs are left
+    out but for their shapes, and so are stack traces, which name files of this machine.
 
     Args:
         program: of ``int8compile.export``, or any other whose tensors are plain ones.

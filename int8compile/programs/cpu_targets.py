@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import platform
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from int8compile.cpuinfo import cpu_says
 from int8compile.errors import OptionValueError
 
 
@@ -45,9 +45,6 @@ _USED = re.compile(
     + r"|avx512\w+|avx_\w+|amx_\w+|gfni|fma4|vaes|vpclmulqdq|asimd\w*|sve\w*|i8mm|bf16|fphp|sha3|sha512|atomics"
 )
 
-#: Where Linux describes the CPU.
-CPUINFO = Path("/proc/cpuinfo")
-
 
 def cpu_target(name: str | None) -> CpuTarget:
     """The target of this name; by default the widest that all of today's CPUs of this kind have.
@@ -76,9 +73,7 @@ def vector_bits(name: str | None) -> int | None:
 
 def cpu_flags() -> frozenset[str]:
     """The instruction sets of this CPU as ``/proc/cpuinfo`` names them; empty where the system does not say."""
-    try:
-        text = CPUINFO.read_text()
-    except OSError:
+    flags = cpu_says("flags", "Features")
+    if flags is None:
         return frozenset(_V3) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else frozenset()
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(flag for flag in (line[1].split() if line else ()) if _USED.fullmatch(flag))
+    return frozenset(flag for flag in flags.split() if _USED.fullmatch(flag))

@@ -11,8 +11,8 @@ graph that computes with tensors, and no more:
 - PyTorch's operators that compute, and ours; of other libraries those whose namespace the caller names;
 - trees of inputs and outputs of containers and registered classes, which import nothing.
 
-What a program computes is not looked at: how long it takes and how much memory is up to who wrote it, and that it reads
-nothing but its tensors to PyTorch's operators, which look at what they are given.
+What a program computes is not checked. It may take any time and memory. That it reads no memory but its own tensors'
+relies on PyTorch's operators, which check their arguments.
 """
 
 from __future__ import annotations

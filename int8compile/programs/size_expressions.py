@@ -1,8 +1,8 @@
 """Sizes that depend on inputs, as text in a program's file: ``Mul(Integer(32), Symbol('s27', integer=True))``.
 
 torch reads such a text by ``sympy.sympify``, which runs it as Python. So it is first compared with the one form that
-torch writes, sympy's ``srepr``: calls of a few functions, down to numbers and symbols. And as sympy works such an
-expression out at once, it may not be one that takes the machine's memory, such as ``Pow(Integer(9), Integer(99999))``.
+torch writes, sympy's ``srepr``: calls of a few functions, down to numbers and symbols. sympy evaluates at once,
+so expressions that could exhaust memory, such as ``Pow(Integer(9), Integer(99999))``, are refused.
 """
 
 from __future__ import annotations

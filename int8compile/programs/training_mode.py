@@ -3,10 +3,10 @@
 The flag ``training`` alone says little: a container or a wrapper around a model in ``eval()`` still has the True that
 it was made with, and nothing reads it. So the flag counts only for modules whose results depend on it:
 
-- of PyTorch's own, those that drop, that take statistics of a batch, or that draw at random, unless they are set not to
-  (a dropout of 0, a batch norm without running statistics);
-- any other if a method of its class reads ``training``, which says that it does one thing or another by it. What a
-  function beside the class reads is not seen, nor what it does by it, which may be nothing (a dropout of 0 there too).
+- PyTorch's own modules that drop values, use the statistics of a batch or draw random numbers, unless their settings
+  make ``training`` irrelevant (a dropout of 0, a batch norm without running statistics);
+- any other module, if a method of its class reads ``training``. A function outside the class that reads it is not seen.
+  A method that reads it to no effect (for a dropout of 0) counts all the same.
 """
 
 from __future__ import annotations

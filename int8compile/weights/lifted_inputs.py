@@ -1,7 +1,8 @@
 """What fills a compiled graph's lifted inputs, at each of its calls.
 
 A compiled graph cannot hold int8 weights itself: two models of one class share one graph, and a weight can change
-or be replaced without a recompile. So graphs take int8 weights as inputs, and the runner asks for them at each call.
+or be replaced without a recompile. So graphs take int8 weights as inputs, and the function that Dynamo calls
+(``_runner`` in ``backend.py`` makes it) asks for them at each call.
 """
 
 from __future__ import annotations

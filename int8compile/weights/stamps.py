@@ -2,8 +2,9 @@
 
 It does as long as the weight is the same object with the same version counter, data pointer, shape, strides, dtype and
 (living) storage. Some writes bump no version counter: ``weight.data.copy_()`` as EMA copies have it,
-``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode. They
-touch the whole weight, so a few of its bytes are compared too, where reading them costs nothing (on CPUs).
+``weight.data += delta`` as merged adapters do, fused optimisers, anything to a tensor made in inference mode. Most of
+them rewrite the whole weight, so on CPUs a few of its bytes are compared too; optimisers' steps are also reported by a
+hook (``invalidation.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The weight store: gives the int8 form of a float weight, made once, never stale and never copied twice.
+"""The weight store: gives the int8 form of a float weight, made once and anew when the weight has changed.
 
-Its answer is at hand as long as the weight is what it was (``stamps``); anything else requantises. Entries die with
-their weights.
+A form is kept as long as its weight is what it was (``stamps``, which see nearly every change); otherwise the weight is
+quantised again. Entries die with their weights.
 
 Weights that one product multiplies together (``passes/merge.py``) are *one* int8 matrix here. The int8 form of each
 of them alone is a view into it.

@@ -1,17 +1,19 @@
 """The memory that each node of a graph reads, writes and aliases. Dynamo's graphs are not functional at this point.
 
 Passes move reads: of an activation to the first of the linears that share it, of a bias to a joined product, of a
-weight to before the graph, where it is quantised. They may where nothing writes in between, and ask two questions:
+weight to before the graph, where it is quantised. They may where nothing writes in between, and mostly ask two
+questions:
 
     effects.changes(value, start, end)         does it change from the one node to the other?
     effects.readable_at(value, start, end)     may what ``end`` reads be read at ``start`` already?
 
-Memory is a set of *tokens*. A token is the storage behind a fake tensor, or stands for memory that is not known
-better. A node's memory is
+Memory is a set of *tokens*. A token is the storage behind a fake tensor; or a node, for memory of its own that is not
+known; or ANY, which may be any memory. The memory of
 
-* a call's: the storages of its value. If its value shares one with an argument (it is a view), all that the argument
-  may be besides. If its storages are not known, or what is called is not, all of what it was given.
-* an input's: its storage; if that is not known (a tensor subclass), anything.
+* a call is the storages of its value. If the value may be a view of an argument (they share a storage), the argument's
+  memory is added. If the storages or the function called are not known, the node itself and the memory of all its
+  arguments are added.
+* an input is its storage, or ANY if that is not known (a tensor subclass).
 
 What a call writes is said, in this order, by
 
@@ -23,10 +25,10 @@ What a call writes is said, in this order, by
    for the calls that begin and end transforms of ``torch.func``: nothing;
 4. otherwise: it writes everything it is given. A module that is called may write anything.
 
-What this relies on: schemas tell the truth (``running_*`` apart; a name in ``_`` whose schema marks nothing is not
-believed); the fakes of one graph share storages where the tensors do, or else (graphs from a file) every result
-that a schema calls an alias is one. Inputs that alias one another alias in the fakes: where some come to do so at a
-later call, one of them written to, the runner sees to it (``int8compile/backend.py``).
+It relies on truthful schemas (but for ``running_*``, and for names that end in ``_`` whose schema marks nothing), and
+on fakes that share storage where tensors do; in graphs loaded from a file, every result that a schema marks as an alias
+counts as one. Inputs that come to overlap only at a later call: see ``overlaps.py``, and ``LiftedInputs.fetch`` for
+those that come to overlap a weight.
 """
 
 from __future__ import annotations

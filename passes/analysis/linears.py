@@ -1,4 +1,4 @@
-"""Which nodes compute a linear, in every form that PyTorch has for one (``normalize`` lists them)."""
+"""Which nodes compute a linear, in the forms that ``normalize`` lists."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 
 class Linear(NamedTuple):
     """What a node computes, found to be x [..., K] times weight [N, K] (or [K, N] if ``transposed``) plus bias [N].
+
+    ``weight`` is a 2-D parameter or buffer (of ``F.linear`` any value; ``quantize`` leaves others in float). A form
+    that reaches it through more than transposes, such as an ``unsqueeze`` or a batch of 1, has to undo that as
+    ``resolve_transposes`` undoes transposes.
 
     ``beside``: what else it does, such as writing to ``out``, that no canonical node would.
     """

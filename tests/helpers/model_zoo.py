@@ -104,6 +104,10 @@ class Row:
     def left(self) -> Counter[Reason]:
         return Counter(site.reason for site in self.report.sites if not site.rewritten)
 
+    @property
+    def left_in_words(self) -> str:
+        return ", ".join(f"{count} {reason.name}" for reason, count in self.left.items())
+
 
 def randomize(model: nn.Module) -> None:
     """Draw weights that keep activations near unit size, so that every layer matters, and plant outlier features.
@@ -390,10 +394,9 @@ ZOO = (
 )
 
 
-def tabulate(rows: Sequence[Row], *, markdown: bool = False) -> str:
-    """The rows as a table for a terminal or for a document."""
-    box = rich.box.MARKDOWN if markdown else rich.box.SIMPLE_HEAD
-    table = rich.table.Table(box=box, pad_edge=markdown)
+def tabulate(rows: Sequence[Row]) -> str:
+    """The rows as a table for a terminal."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
     for name in ("linears", "int8", "with outliers"):
         table.add_column(name, justify="right")
@@ -401,21 +404,31 @@ def tabulate(rows: Sequence[Row], *, markdown: bool = False) -> str:
     for name in ("breaks: int8", "inductor", "error", "of float"):
         table.add_column(name, justify="right")
     for row in rows:
-        left = ", ".join(f"{count} {reason.name}" for reason, count in row.left.items())
         counts = (len(row.report.sites), row.report.rewritten, row.outliers)
         breaks = (row.ours.breaks, row.plain.breaks)
         errors = (f"{row.error:.1e}", f"{row.float_error:.1e}")
-        table.add_row(row.entry.name, *map(str, counts), left, *map(str, breaks), *errors)
+        table.add_row(row.entry.name, *map(str, counts), row.left_in_words, *map(str, breaks), *errors)
     text = io.StringIO()
-    # A row of a markdown table is one line, however long.
-    rich.console.Console(file=text, width=240 if markdown else 140, color_system=None).print(table)
+    rich.console.Console(file=text, width=140, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip()) + "\n"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as the table of ``docs/models.md``."""
+    header = ("model", "linears", "int8", "left in float", "graph breaks: int8 / inductor", "error", "of float")
+    table: list[tuple[str, ...]] = [header, ("---",) * len(header)]
+    for row in rows:
+        counts = (str(len(row.report.sites)), str(row.report.rewritten))
+        breaks = f"{row.ours.breaks} / {row.plain.breaks}"
+        errors = (f"{row.error:.1e}", f"{row.float_error:.1e}")
+        table.append((row.entry.name, *counts, row.left_in_words, breaks, *errors))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What backend='int8' does to each model of the zoo.")
     parser.add_argument("names", nargs="*", help="models to run; all if none is given")
-    parser.add_argument("--markdown", action="store_true", help="print a markdown table")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     parser.add_argument("--compiler", choices=("eager", "inductor"), default="eager", help="runs the rewritten graphs")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {entry.name for entry in ZOO}
@@ -428,7 +441,7 @@ def main() -> None:
             rows.append(measure(entry, inductor=arguments.compiler == "inductor"))
         except BrokenByTorchError as error:
             print(f"left out: {error}", file=sys.stderr)
-    print(tabulate(rows, markdown=arguments.markdown), end="")
+    print(markdown(rows) if arguments.markdown else tabulate(rows), end="")
 
 
 if __name__ == "__main__":

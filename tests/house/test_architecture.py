@@ -13,7 +13,7 @@ import int8compile
 
 #: Each part may import only parts to its left.
 FLOORS = [
-    ("errors", "hooks", "limits", "torch_internals"),
+    ("cpuinfo", "errors", "hooks", "limits", "torch_internals"),
     ("config", "files", "graph", "ops", "report"),
     ("native", "selection", "session"),
     ("weights", "passes", "handoff"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from int8compile import last_report
+from int8compile import cpuinfo, last_report
 
 attend = functional.scaled_dot_product_attention
 
@@ -39,9 +39,16 @@ def reference(q, k, v, mask=None, scale=None):
     return scores.softmax(-1) @ v
 
 
+def described(folder, vendor):
+    path = folder / vendor
+    path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    return path
+
+
 @pytest.fixture(autouse=True)
-def _inference(monkeypatch):
+def _inference(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(cpuinfo, "CPUINFO", described(tmp_path, "AuthenticAMD"))
     with torch.no_grad():
         yield
 
@@ -109,6 +116,14 @@ def test_dynamic_sizes():
         inputs = tensors(batch=batch, keys=keys)
         torch.testing.assert_close(compiled(*inputs).double(), reference(*inputs), rtol=1e-5, atol=1e-5)
         assert last_report().graphs[-1].pass_counts["fold_queries"] == 1
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_bfloat16_is_left_alone_where_its_single_row_is_fast(monkeypatch, tmp_path, vendor):
+    monkeypatch.setattr(cpuinfo, "CPUINFO", described(tmp_path, vendor))
+    for dtype in BOUND:
+        expected = 0 if dtype is torch.bfloat16 and vendor == "GenuineIntel" else 1
+        assert folded(attention, *tensors(dtype=dtype))[1] == expected
 
 
 def test_a_disabled_pass_does_nothing():

@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 
+from int8compile import cpuinfo
 from int8compile.errors import OptionValueError
 from int8compile.programs import cpu_targets
 
@@ -22,7 +23,7 @@ def x86(monkeypatch):
 def says(monkeypatch, tmp_path, text: str) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    monkeypatch.setattr(cpu_targets, "CPUINFO", path)
+    monkeypatch.setattr(cpuinfo, "CPUINFO", path)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,6 @@ def test_arm_has_its_own_words(monkeypatch, tmp_path):
     [("AVX512", "avx2"), ("AVX2", "avx2"), ("DEFAULT", "portable"), ("NO AVX", "portable")],
 )
 def test_where_the_system_does_not_say_torch_does(monkeypatch, tmp_path, x86, capability, default):
-    monkeypatch.setattr(cpu_targets, "CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpuinfo, "CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpu_targets.cpu_target(None).name == default

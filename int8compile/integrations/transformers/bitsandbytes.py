@@ -2,9 +2,10 @@
 
 transformers reads a checkpoint of that format by rules that differ from int8compile's: it matches the list by suffix
 and by regular expression, and leaves ``_keep_in_fp32_modules``, subclasses of ``nn.Linear`` and all but one place of a
-shared module in float, whatever the list says. Codes where it builds a float linear would be taken for floats. So its
-rule is evaluated before anything is written: a linear that it cannot have in int8 is written as the floats that the
-codes mean, and a list that it would understand differently is never written. bitsandbytes need not be installed.
+shared module in float, whatever the list says. If a checkpoint held int8 codes for a linear that transformers builds in
+float, the codes would be read as floats. So its rule is evaluated before anything is written: a linear that it cannot
+have in int8 is written as the floats that the codes mean, and a list that it would understand differently is never
+written. bitsandbytes need not be installed.
 """
 
 from __future__ import annotations
