@@ -14,6 +14,7 @@
 INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 
 #include "finish.h"
+#include "panel.h"
 #include "quantize.h"
 #include "vec_avx512.h"
 #include "vnni.h"
@@ -69,11 +70,15 @@ struct ZmmLanes {
   }
 };
 
+void product(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
+  (rows < kPanelRows ? Vnni<ZmmLanes>::product : Panel<ZmmLanes>::product)(a, b, rows, cols, k, sums);
+}
+
 constexpr Kernels kAvx512Vnni = {
     "avx512vnni",
     quantize_row_of<Avx512Vec>,
     residual_row_of<Avx512Vec>,
-    Vnni<ZmmLanes>::product,
+    product,
     finish_tile<Avx512Vec>,
 };
 

@@ -70,7 +70,9 @@ std::vector<int32_t> product(
 bool same_products(const Kernels& use) {
   constexpr struct {
     int64_t rows, cols, k;
-  } shapes[] = {{1, 21, 333}, {4, 9, 64}, {7, 40, 130}, {16, 96, 64}, {21, 51, 769}, {50, 17, 1500}, {6, 3, 5}};
+  } shapes[] = {
+      {1, 21, 333}, {4, 9, 64}, {7, 40, 130}, {16, 96, 64}, {21, 51, 769}, {50, 17, 1500}, {6, 3, 5}, {131, 69, 531},
+  };
   Random random;
   for (const auto& shape : shapes) {
     const std::vector<int8_t> a = random.codes(shape.rows * shape.k), b = random.codes(shape.cols * shape.k);

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kTransposed = 16;
 
-// to[j][i] = from[i][j] for i < 16, j < rows; the strides are in bytes.
+// to[j][i] = from[i][j] for i < 16, j < rows; the strides are in bytes. With `flip`, each byte's sign bit is flipped.
+template <bool flip = false>
 inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows = kTransposed) {
   const auto piece = [&](int64_t row, int64_t at) {
     return _mm_loadu_si128(
@@ -35,6 +36,9 @@ inline void transpose(const void* from, int64_t from_stride, void* to, int64_t t
       four[j] = _mm512_mask_broadcast_i32x4(four[j], 0x00f0, piece(4 + j, at));
       four[j] = _mm512_mask_broadcast_i32x4(four[j], 0x0f00, piece(8 + j, at));
       four[j] = _mm512_mask_broadcast_i32x4(four[j], 0xf000, piece(12 + j, at));
+      if constexpr (flip) {
+        four[j] = _mm512_xor_si512(four[j], _mm512_set1_epi8(-128));
+      }
     }
     const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]), low23 = _mm512_unpacklo_epi32(four[2], four[3]);
     const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]), high23 = _mm512_unpackhi_epi32(four[2], four[3]);
