@@ -1,4 +1,4 @@
-// The provider for x86 with AVX512 and its int8 dot products (Cascade Lake, Zen 4 and later). See vnni.h.
+// The provider for x86 with AVX512 and its int8 dot products (Cascade Lake, Zen 4 and later). See vnni.h and, for many rows, panel.h.
 
 #include "kernels.h"
 #include "target.h"
