@@ -6,8 +6,8 @@
 This is a decoded token. PyTorch's CPU kernel reads a key/value head once for all rows of a query head, and again for
 each query head; and a product with a single row is slow. Rows do not see one another, so the results are the same up to
 rounding. What it is worth, as ``python -m benchmarks.studies.decode_attention`` prints it: on an Emerald Rapids 1.3 to
-1.6 times in float32, 1.8 to 2.7 times in float16 and 0.8 to 1.1 times in bfloat16; on a Zen 5 bfloat16 was 4 to 6 times
-as fast.
+1.6 times in float32, 1.8 to 2.7 times in float16 and 0.8 to 1.1 times in bfloat16. On a Zen 5 bfloat16 was found 4 to 6
+times as fast when tried by hand, before there was that script.
 
 Left alone: bfloat16 on Intel's CPUs; more queries than one; causal masks (which ask what a row's number is); dropout;
 gradients; GPUs; masks that are neither the same for all query heads nor one row for each; and CPUs with so many threads

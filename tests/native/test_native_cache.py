@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +13,6 @@ from tiny_library import ANOTHER, warnings
 
 from int8compile.errors import KernelBuildError
 from int8compile.native import libraries, library_cache, loader, providers
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty cache folder, and a library named tiny."""
-    monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    with tiny_library.defined(tmp_path / "sources"):
-        yield (tmp_path / "cache").resolve()
-
-
-@pytest.fixture
-def kept(cache, capfd) -> library_cache.Place:
-    """Where the library is, which is there."""
-    loader.build("tiny")
-    capfd.readouterr()
-    return libraries.inspect("tiny")[0]
 
 
 def test_a_library_is_kept_with_its_checksum_and_found(kept, monkeypatch, caplog):

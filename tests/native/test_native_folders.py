@@ -20,22 +20,6 @@ from int8compile.errors import KernelBuildError
 from int8compile.native import builder, libraries, library_cache, loader, providers
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty cache folder, and a library named tiny."""
-    monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    with tiny_library.defined(tmp_path / "sources"):
-        yield (tmp_path / "cache").resolve()
-
-
-@pytest.fixture
-def kept(cache, capfd) -> library_cache.Place:
-    """Where the library is, which is there."""
-    loader.build("tiny")
-    capfd.readouterr()
-    return libraries.inspect("tiny")[0]
-
-
 class TestFoldersThatWillNotDo:
     """A temporary folder takes their place, with one warning."""
 

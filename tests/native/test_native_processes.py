@@ -16,22 +16,6 @@ from tiny_library import copying, fork, in_child
 from int8compile.native import libraries, library_cache, loader, trust
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty cache folder, and a library named tiny."""
-    monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    with tiny_library.defined(tmp_path / "sources"):
-        yield (tmp_path / "cache").resolve()
-
-
-@pytest.fixture
-def kept(cache, capfd) -> library_cache.Place:
-    """Where the library is, which is there."""
-    loader.build("tiny")
-    capfd.readouterr()
-    return libraries.inspect("tiny")[0]
-
-
 def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
     """At every line that it runs, while it puts a library into the place of one that is damaged."""
     whole, half = kept.library.read_bytes(), kept.library.read_bytes()[:100]
