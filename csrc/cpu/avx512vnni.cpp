@@ -16,6 +16,7 @@ INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 #include "finish.h"
 #include "panel.h"
 #include "quantize.h"
+#include "scan_avx512.h"
 #include "vec_avx512.h"
 #include "vnni.h"
 
@@ -80,6 +81,7 @@ constexpr Kernels kAvx512Vnni = {
     residual_row_of<Avx512Vec>,
     product,
     finish_tile<Avx512Vec>,
+    Vnni<ZmmLanes>::row_sum,
 };
 
 }  // namespace

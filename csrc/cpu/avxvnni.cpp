@@ -76,6 +76,7 @@ const Kernels* avxvnni_kernels() {
     Kernels made = *avx2_kernels();
     made.name = "avxvnni";
     made.multiply = Vnni<YmmLanes>::product;
+    made.row_sum = Vnni<YmmLanes>::row_sum;
     return made;
   }();
   return &table;

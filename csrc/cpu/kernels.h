@@ -37,10 +37,16 @@ auto with_type(Float type, Body body) {
   }
 }
 
-// Codes, row-major; `stride` is the distance between rows.
+// Codes, row-major; `stride` is the distance between rows. `row_sums`, or null, are the sums of whole rows, for kernels
+// that take them (Kernels::row_sum).
 struct Codes {
   const int8_t* data;
   int64_t stride;
+  const int32_t* row_sums = nullptr;
+
+  Codes from_row(int64_t row) const {
+    return {data + row * stride, stride, row_sums == nullptr ? nullptr : row_sums + row};
+  }
 };
 
 // The outlier columns of one call: which they are, and what the codes leave over in them.
@@ -108,10 +114,14 @@ struct Kernels {
       float* residual);
 
   // sums [rows, kTileCols] = a [rows, k] times the transpose of b [cols, k], exact in int32 for every int8 value.
+  // a.row_sums may be null: then they are added up where they are needed, once a tile.
   void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums);
 
   // Scales, the outlier product, bias and the one rounding to the output's dtype.
   void (*finish)(const Tile& tile);
+
+  // The sum of a row's k codes, or null where multiply has no use for it.
+  int32_t (*row_sum)(const int8_t* codes, int64_t k) = nullptr;
 
   const Packing* packing = nullptr;
 };

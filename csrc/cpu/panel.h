@@ -33,7 +33,7 @@ constexpr int64_t kPanelRows = 128;
 constexpr int kPanelRegisters = 3;
 constexpr int kPanelBlock = 8;  // rows at a time
 constexpr int64_t kLane = 4;  // codes of a column in a register
-constexpr int64_t kPanelDepth = 512;  // codes along K: 24 KB of a 32 or 48 KB L1
+constexpr int64_t kPanelDepth = 640;  // codes along K at most: 30 KB of a 32 or 48 KB L1
 
 template <class Lanes>
 struct Panel {
@@ -170,24 +170,26 @@ struct Panel {
   static void product(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
     int32_t start[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      start[r] = Vnni<Lanes>::start_of(a.data + r * a.stride, k);
+      start[r] = Vnni<Lanes>::start_of(a, r, k);
     }
     // As even as can be: 9 rows as 5 + 4, not 8 + 1.
     const int64_t blocks = (rows + kPanelBlock - 1) / kPanelBlock, row_block = (rows + blocks - 1) / blocks;
+    const int64_t pieces = (k + kPanelDepth - 1) / kPanelDepth;  // as even as can be, too
+    const int64_t depth = pieces == 0 ? 0 : ((k + pieces - 1) / pieces + Lanes::width - 1) / Lanes::width * Lanes::width;
     int8_t* panel = of_thread();
     for (int64_t col = 0; col < cols; col += kPanelRegisters * columns) {
       const int64_t wide = cols - col < kPanelRegisters * columns ? cols - col : kPanelRegisters * columns;
       const int registers = int((wide + columns - 1) / columns);
       int64_t at = 0;
       do {  // once at least: the product is 0 where k is
-        const int64_t deep = k - at < kPanelDepth ? k - at : kPanelDepth;
+        const int64_t deep = k - at < depth ? k - at : depth;
         for (int i = 0; i < registers; ++i) {
           const int64_t here = wide - i * columns < columns ? wide - i * columns : columns;
           pack({b.data + (col + i * columns) * b.stride + at, b.stride}, here, deep, i, registers, panel);
         }
         all_rows(
             registers, rows, row_block, {a.data + at, a.stride}, deep, panel, at == 0 ? start : nullptr, sums + col);
-        at += kPanelDepth;
+        at += depth;
       } while (at < k);
     }
   }

@@ -77,8 +77,7 @@ struct Operand {
   Codes codes;
 
   void multiply(int64_t row, Codes weight, int64_t rows, int64_t cols, int64_t k, int32_t* sums) const {
-    const Codes left = {codes.data + row * codes.stride, codes.stride};
-    (packing == nullptr ? use->multiply : packing->multiply)(left, weight, rows, cols, k, sums);
+    (packing == nullptr ? use->multiply : packing->multiply)(codes.from_row(row), weight, rows, cols, k, sums);
   }
 };
 
@@ -91,6 +90,14 @@ void pack(const Packing& packing, const Activation& x, const int8_t* codes, int6
   at::parallel_for(0, divide_up(x.rows, kPackRows), grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * kPackRows; row < std::min(x.rows, end * kPackRows); row += kPackRows) {
       packing.pack({codes + row * x.k, x.k}, std::min(kPackRows, x.rows - row), x.k, packed + row * row_bytes);
+    }
+  });
+}
+
+void fill_row_sums(const Kernels& use, const Activation& x, const int8_t* codes, int32_t* sums) {
+  at::parallel_for(0, x.rows, divide_up(kPackGrain, std::max<int64_t>(x.k, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      sums[m] = use.row_sum(codes + m * x.k, x.k);
     }
   });
 }
@@ -213,6 +220,12 @@ void scaled_product(
   }
   const Kernels& use = kernels();
   Operand left = {&use, packing_of(use, x), {codes, x.k}};
+  const bool sums = left.packing == nullptr && use.row_sum != nullptr;
+  Scratch<int32_t> row_sums(sums ? x.rows : 0);
+  if (sums) {
+    fill_row_sums(use, x, codes, row_sums.data());
+    left.codes.row_sums = row_sums.data();
+  }
   const int64_t row_bytes = left.packing == nullptr ? 0 : left.packing->row_bytes(x.k);
   Scratch<int8_t> packed(divide_up(x.rows, kPackRows) * kPackRows * row_bytes);
   if (left.packing != nullptr) {

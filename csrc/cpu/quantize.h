@@ -46,35 +46,45 @@ inline float largest_lane(const Vec& v) {
   return result;
 }
 
-// The row's largest magnitude, outlier elements left out and their columns flagged.
+// The row's largest magnitude, outlier elements left out, and whether it has any.
+struct RowScan {
+  float absmax;
+  bool outliers;
+};
+
+// Reads a row for the first time and flags the columns of its outliers.
 template <class Vec, class T>
-inline float row_absmax(const T* x, int64_t k, float threshold, uint8_t* outliers) {
-  Vec most = Vec::all(0.0f);
-  const Vec limit = Vec::all(threshold);
-  // Of the lanes that are not in the row, which hold 0, none is flagged: a threshold that compares as 0 would.
-  const auto step = [&](Vec v, int64_t at, unsigned lanes) {
-    if (outliers != nullptr) {
-      if (const unsigned mask = v.take_outliers(limit) & lanes) {
-        flag(mask, outliers + at);
+struct Scan {
+  static RowScan run(const T* x, int64_t k, float threshold, uint8_t* outliers) {
+    Vec most = Vec::all(0.0f);
+    bool found = false;
+    const Vec limit = Vec::all(threshold);
+    // Of the lanes that are not in the row, which hold 0, none is flagged: a threshold that compares as 0 would.
+    const auto step = [&](Vec v, int64_t at, unsigned lanes) {
+      if (outliers != nullptr) {
+        if (const unsigned mask = v.take_outliers(limit) & lanes) {
+          flag(mask, outliers + at);
+          found = true;
+        }
       }
+      most = Vec::max_magnitude(most, v);
+    };
+    int64_t at = 0;
+    for (; at + Vec::width <= k; at += Vec::width) {
+      step(Vec::load(x + at), at, ~0u);
     }
-    most = Vec::max_magnitude(most, v);
-  };
-  int64_t at = 0;
-  for (; at + Vec::width <= k; at += Vec::width) {
-    step(Vec::load(x + at), at, ~0u);
+    if (at < k) {
+      step(load_first<Vec>(x + at, k - at), at, (1u << (k - at)) - 1);
+    }
+    return {largest_lane(most), found};
   }
-  if (at < k) {
-    step(load_first<Vec>(x + at, k - at), at, (1u << (k - at)) - 1);
-  }
-  return largest_lane(most);
-}
+};
 
 template <class Vec, class T>
 inline float quantize_row(const T* x, int64_t k, float threshold, int8_t* codes, uint8_t* outliers) {
   constexpr float tiny = 0x1p-120f;  // below it 127 / absmax would overflow
-  float absmax = row_absmax<Vec>(x, k, threshold, outliers);
-  absmax = absmax < tiny ? 0.0f : absmax;
+  const RowScan scan = Scan<Vec, T>::run(x, k, threshold, outliers);
+  const float absmax = scan.absmax < tiny ? 0.0f : scan.absmax;
   const float scale = absmax / 127.0f;
   // A row with a NaN or, undetected, an Inf in it: every code of the reference is NaN or a multiple of 0 there.
   const bool finite = absmax <= std::numeric_limits<float>::max();
@@ -87,7 +97,7 @@ inline float quantize_row(const T* x, int64_t k, float threshold, int8_t* codes,
   const Vec inverse = Vec::all((1.0f / absmax) * 127.0f);  // two roundings, as torch's 127.0 / tensor has
   const Vec limit = Vec::all(threshold);
   const auto encode = [&](Vec v) {
-    if (outliers != nullptr) {
+    if (scan.outliers) {
       v.take_outliers(limit);
     }
     return v * inverse;

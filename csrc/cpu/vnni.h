@@ -5,7 +5,7 @@
 //
 //   sum q (w + 128)  -  128 sum q  =  sum q w
 //
-// One exclusive or for a weight register that serves up to six rows, row sums once a row of a tile, no copy of either
+// One exclusive or for a weight register that serves up to six rows, row sums once a call, no copy of either
 // operand, and no code is an exception (-128 becomes 0). All of it is modulo 2^32, so the shifted sums may wrap.
 //
 // What bounds it: two dot products a cycle, as many as the loads that feed them, so a block of rows x cols
@@ -159,7 +159,12 @@ struct Vnni {
   }
 
   // What takes the shift off: -128 times the sum of a row, modulo 2^32.
-  static int32_t start_of(const int8_t* q, int64_t k) {
+  static int32_t start_of(Codes a, int64_t row, int64_t k) {
+    const int32_t sum = a.row_sums != nullptr ? a.row_sums[row] : row_sum(a.data + row * a.stride, k);
+    return int32_t(uint32_t(sum) * -128u);
+  }
+
+  static int32_t row_sum(const int8_t* q, int64_t k) {
     const Register ones = Lanes::ones();
     Register acc = Lanes::zero();
     int64_t at = 0;
@@ -170,7 +175,7 @@ struct Vnni {
       Lanes::add_products(acc, ones, Lanes::load_first(q + at, k - at));
     }
     const Register zero = Lanes::zero();
-    return int32_t(uint32_t(_mm_cvtsi128_si32(Lanes::sums(acc, zero, zero, zero))) * -128u);
+    return _mm_cvtsi128_si32(Lanes::sums(acc, zero, zero, zero));
   }
 
   static void product(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
@@ -182,7 +187,7 @@ struct Vnni {
       const int8_t* codes = a.data + row * a.stride;
       int32_t start[kBlockRows];
       for (int64_t r = 0; r < here; ++r) {
-        start[r] = start_of(codes + r * a.stride, k);
+        start[r] = start_of(a, row + r, k);
       }
       int64_t at = 0;
       do {  // once at least: the product is 0 where k is

@@ -19,6 +19,7 @@
 #define _MM_HINT_T1 2
 
 using __mmask16 = uint16_t;
+using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
 
 inline void _mm_prefetch(const char*, int) {}
@@ -148,6 +149,37 @@ inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
   return emulated::make<int32_t, __m512i>(
       [&](int i) { return a.lane<int32_t>(i) > b.lane<int32_t>(i) ? a.lane<int32_t>(i) : b.lane<int32_t>(i); });
+}
+
+inline __m512i _mm512_set1_epi16(short value) {
+  return emulated::make<int16_t, __m512i>([=](int) { return value; });
+}
+
+// Reads no word whose bit is not set.
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) {
+  return emulated::make<uint16_t, __m512i>(
+      [=](int i) { return mask >> i & 1 ? static_cast<const uint16_t*>(from)[i] : uint16_t(0); });
+}
+
+inline __m512i _mm512_maskz_mov_epi16(__mmask32 mask, __m512i v) {
+  return emulated::make<uint16_t, __m512i>([&](int i) { return mask >> i & 1 ? v.lane<uint16_t>(i) : uint16_t(0); });
+}
+
+inline __m512i _mm512_max_epu16(__m512i a, __m512i b) {
+  return emulated::make<uint16_t, __m512i>(
+      [&](int i) { return a.lane<uint16_t>(i) > b.lane<uint16_t>(i) ? a.lane<uint16_t>(i) : b.lane<uint16_t>(i); });
+}
+
+inline __mmask32 _mm512_cmple_epu16_mask(__m512i a, __m512i b) {
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; ++i) {
+    mask |= __mmask32(a.lane<uint16_t>(i) <= b.lane<uint16_t>(i)) << i;
+  }
+  return mask;
+}
+
+inline __mmask32 _mm512_cmpge_epu16_mask(__m512i a, __m512i b) {
+  return _mm512_cmple_epu16_mask(b, a);
 }
 
 inline __m512i _mm512_slli_epi32(__m512i v, unsigned by) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "../emulated_isa/half.h"
@@ -50,7 +51,15 @@ void check_multiply(const Kernels& use, Random& random, int64_t rows, int64_t co
   const Exact<int8_t> a = codes(random, rows, k, a_gap, left), b = codes(random, cols, k, b_gap, right);
   Exact<int32_t> sums(rows * kTileCols);
   std::fill(sums.begin(), sums.end(), 0x55555555);
-  multiply(use, {a.data(), k + a_gap}, {b.data(), k + b_gap}, rows, cols, k, sums.data());
+  Exact<int32_t> row_sums(rows);
+  const bool summed = use.row_sum != nullptr && random.below(2) == 0;
+  for (int64_t i = 0; summed && i < rows; ++i) {
+    const int8_t* row = a.data() + i * (k + a_gap);
+    row_sums[i] = use.row_sum(row, k);
+    expect(row_sums[i] == std::accumulate(row, row + k, 0), "row_sum of ", k, " codes: ", row_sums[i]);
+  }
+  const Codes left_codes = {a.data(), k + a_gap, summed ? row_sums.data() : nullptr};
+  multiply(use, left_codes, {b.data(), k + b_gap}, rows, cols, k, sums.data());
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
       int64_t want = 0;
@@ -222,8 +231,8 @@ void check_kernels(const Kernels& use) {
   check_products(use, random);
   for (const Float type : {Float::f32, Float::bf16, Float::f16}) {
     for (const float odd : {0.0f, kNan, kInf, -kInf, 65504.0f, 1e38f, 1e-38f, 1e-45f, 0x1p-121f, -0.0f}) {
-      for (const int64_t k : {1, 2, 3, 7, 15, 16, 17, 100, 577}) {
-        check_row(use, random, type, k, random.one_of({0.0f, 6.0f, 0.5f}), odd);
+      for (const int64_t k : {1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 100, 577}) {
+        check_row(use, random, type, k, random.one_of({0.0f, 6.0f, 0.5f, 0x1p-126f, 70000.0f, kInf}), odd);
       }
     }
     for (const int64_t count : {0, 1, 3, 17, 70}) {
