@@ -137,23 +137,25 @@ def _linear_lines(result: dict[str, Any]) -> list[str]:
 def _model_lines(result: dict[str, Any]) -> list[str]:
     window = result["window"]
     turns = "in turns" if result["interleaved"] else "one after another"
+    contenders = {name: c for name, c in result["contenders"].items() if "absent" not in c}
+    keys = [key for key in ("prompt", "all_logits", "token") if any(f"{key}_ms" in c for c in contenders.values())]
+    logits = "the last one's logits" if "all_logits" in keys else "all logits"
     lines = [
-        f"A prompt of {window} tokens, and one token with {window} in the cache: medians of {result['rounds']} rounds, "
-        f"{turns}; speed: the fastest float is 1; logits: distance from the first float's.",
+        f"A prompt of {window} tokens with {logits}, and one token with {window} in the cache: medians of "
+        f"{result['rounds']} rounds, {turns}; speed: the fastest float is 1; logits: distance from the first float's.",
         "",
     ]
     rows = []
-    for name, c in result["contenders"].items():
-        if "absent" in c:
-            continue
+    for name, c in contenders.items():
         cells: list[str] = [name]
-        for key in ("prompt", "token"):
+        for key in keys:
             timing, speed = c.get(f"{key}_ms"), c.get(f"{key}_speedup")
             cells += [common.significant(timing["median"]) if timing else "", f"{speed:.2f}" if speed else ""]
         cells.append(common.significant(c["perplexity"], 5) if "perplexity" in c else "")
         cells.append(" / ".join(f"{error:.1e}" for error in c.get("logits_error", {}).values()))
         rows.append(cells)
-    return lines + _table(["contender", "prompt, ms", "speed", "token, ms", "speed", "perplexity", "logits"], rows)
+    times = [cell for key in keys for cell in (f"{key.replace('_', ' ')}, ms", "speed")]
+    return lines + _table(["contender", *times, "perplexity", "logits"], rows)
 
 
 def _calls_lines(result: dict[str, Any]) -> list[str]:

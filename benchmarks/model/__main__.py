@@ -17,7 +17,8 @@ A contender is DTYPE-BACKEND. Backends:
 By default eager and inductor in float32, int8 and emulation in float32; where the hardware multiplies bfloat16, int8
 and emulation in that, with inductor beside them. ``--peers`` adds all others of these dtypes.
 
-* prompt: 512 tokens, no key/value cache, all logits
+* prompt: 512 tokens, no key/value cache, the last position's logits, as ``generate`` reads one
+* all logits: the same with those of every position; with a small model and a large vocabulary mostly ``lm_head``
 * token: one decode step, greedy, with a static cache that holds 512 tokens
 * perplexity: windows of 512 tokens of the help topics inside CPython
 * logits: relative distance from the first eager contender's logits, after the prompt and after one decode step
@@ -174,7 +175,7 @@ class _Run:
             if c.backend == "emulation":
                 return {}
             c.submit("open_cache", room, text).result()
-            seconds = c.submit("score", text).result()[0]
+            seconds = c.submit("score", text).result()[0] + c.submit("prompt", text).result()
             logits = {"prompt": c.submit("last_logits").result()}
             seconds += sum(c.submit("decode", text[:1], 1).result()[1])
             logits["token"] = c.submit("last_logits").result()
@@ -193,8 +194,9 @@ class _Run:
         return result
 
     def _take_turns(self, running: list[Contender], progress: rich.progress.Progress) -> None:
-        """Each turn a prompt (which is a perplexity window as well) and a few decode steps."""
+        """Each turn a prompt, the same as a perplexity window, and a few decode steps."""
         prompt: dict[str, list[float]] = {c.name: [] for c in running}
+        scored: dict[str, list[float]] = {c.name: [] for c in running}
         token: dict[str, list[float]] = {c.name: [] for c in running}
         nlls: dict[str, list[float]] = {c.name: [] for c in running}
         turns = max(self.rounds, len(self.texts))
@@ -205,11 +207,13 @@ class _Run:
                 is_timed = c.backend != "emulation" and turn < self.rounds
                 # Of the peers, speed is what is asked, and the slowest of them take a minute for a prompt.
                 is_window = turn < len(self.texts) and c.backend not in PEERS
-                if is_window or (is_timed and sum(prompt[c.name]) < self.seconds):
+                if is_window or (is_timed and sum(scored[c.name]) < self.seconds):
                     seconds, nll = c.submit("score", text).result()
-                    prompt[c.name].append(seconds)
+                    scored[c.name].append(seconds)
                     if len(nlls[c.name]) == turn < len(self.texts):
                         nlls[c.name].append(nll)
+                if is_timed and sum(prompt[c.name]) < self.seconds:
+                    prompt[c.name].append(c.submit("prompt", text).result())
                 if is_timed and sum(token[c.name]) < self.seconds:
                     token[c.name] += c.submit("decode", text[:1], STEPS + 1).result()[1][1:]
                 progress.advance(task)
@@ -220,8 +224,8 @@ class _Run:
             if len(nlls[c.name]) == len(self.texts):
                 result["perplexity"] = common.perplexity(nlls[c.name])
             if c.backend != "emulation":
-                timings = {"prompt_ms": Timing.of(prompt[c.name]), "token_ms": Timing.of(token[c.name])}
-                result |= {key: vars(timing) for key, timing in timings.items()}
+                for key, seconds_of in (("prompt", prompt), ("all_logits", scored), ("token", token)):
+                    result[f"{key}_ms"] = vars(Timing.of(seconds_of[c.name]))
 
     def _add_report(self, c: Contender) -> None:
         if c.backend.startswith("int8"):
@@ -238,7 +242,7 @@ def _add_ratios(results: dict[str, dict[str, Any]]) -> None:
     """Speed against the fastest float contender, and perplexity against the emulation of the same dtype."""
     floats = [name for name in results if name.partition("-")[2] in FLOAT_BACKENDS and "prompt_ms" in results[name]]
     for result_name, result in results.items():
-        for key in ("prompt", "token"):
+        for key in ("prompt", "all_logits", "token"):
             if floats and f"{key}_ms" in result:
                 fastest = min(results[name][f"{key}_ms"]["median"] for name in floats)
                 result[f"{key}_speedup"] = fastest / result[f"{key}_ms"]["median"]

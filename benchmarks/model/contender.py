@@ -156,8 +156,19 @@ class Model:
         if tokens is None:
             self.cache.reset()
 
+    def prompt(self, tokens: list[int]) -> float:
+        """Run a prompt without a cache as ``generate`` does, which asks for the last position's logits: seconds."""
+        ids = self._ids(tokens)
+        self._wait()
+        start = time.perf_counter()
+        logits = self.forward(ids, use_cache=False, logits_to_keep=1).logits
+        self._wait()
+        seconds = time.perf_counter() - start
+        self.last = logits[0, -1]
+        return seconds
+
     def score(self, tokens: list[int]) -> tuple[float, float]:
-        """Run a prompt without a cache: seconds, and mean negative log-likelihood of its tokens (nats)."""
+        """Run a prompt with all its logits: seconds, and mean negative log-likelihood of its tokens (nats)."""
         from torch.nn.functional import cross_entropy
 
         ids = self._ids(tokens)
@@ -190,7 +201,7 @@ class Model:
         return new, seconds
 
     def last_logits(self) -> Any:
-        """Logits [vocabulary] after the last token of the latest ``score`` or ``decode``, as a float32 array."""
+        """Logits [vocabulary] after the last token of the latest call, as a float32 array."""
         return self.last.float().cpu().numpy().copy()
 
     def tensor_bytes(self) -> int:

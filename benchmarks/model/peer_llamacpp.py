@@ -61,6 +61,10 @@ class LlamaCpp:
         self._held = list(tokens or [])
         self._is_held = False
 
+    def prompt(self, tokens: list[int]) -> float:
+        """As ``Model.prompt``, but with all logits: it has no way to compute fewer."""
+        return self.score(tokens)[0]
+
     def score(self, tokens: list[int]) -> tuple[float, float]:
         """A prompt in an empty context, with all logits: seconds, and mean negative log-likelihood (nats)."""
         self._is_held = False

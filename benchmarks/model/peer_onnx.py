@@ -78,6 +78,10 @@ class OnnxRuntime:
         if tokens:
             _, self._cache = self._run(tokens, self._empty)
 
+    def prompt(self, tokens: list[int]) -> float:
+        """As ``Model.prompt``, but with all logits: it has no way to compute fewer."""
+        return self.score(tokens)[0]
+
     def score(self, tokens: list[int]) -> tuple[float, float]:
         """As ``Model.score``."""
         start = time.perf_counter()

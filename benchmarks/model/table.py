@@ -50,11 +50,12 @@ def _table(results: dict[str, dict[str, Any]]) -> rich.table.Table:
         caption_justify="left",
     )
     table.add_column("contender", no_wrap=True)
-    for name in ("prompt, ms\nmin - max", "speed", "token, ms\nmin - max", "speed", "perplex-\nity", "logits\nerror"):
+    heads = (f"{key}, ms\nmin - max" for key in ("prompt", "all logits", "token"))
+    for name in (*(cell for head in heads for cell in (head, "speed")), "perplex-\nity", "logits\nerror"):
         table.add_column(name, justify="right")
     for name, result in results.items():
         cells = []
-        for key in ("prompt", "token"):
+        for key in ("prompt", "all_logits", "token"):
             timing = result.get(f"{key}_ms")
             speed = result.get(f"{key}_speedup")
             cells += [str(Timing(**timing)) if timing else "", f"{speed:.2f}" if speed else ""]
