@@ -11,7 +11,8 @@
 //                      is read beyond it; the activation's has zeros for the codes that are in the fragment before
 //   N % 16             tiles configured with fewer rows
 //   M % 16             rows of zeros in the packed activation
-//   few rows           the dot products of avx512vnni.cpp: the weight's codes come from memory no faster than those
+//   few rows           the dot products of avx512vnni.cpp: the weight's codes come from memory no faster than those.
+//                      (K < 64 too, of which there is no fragment)
 //
 // What bounds it: a product of tiles takes 16 cycles, and a load of one 8 from L1 and about 20 from L2. A block of 2 x 2
 // tiles of sums does four products for four loads: 64 cycles, with 32 of loads where all come from L1, 56 where half
@@ -22,6 +23,7 @@
 // is one tile of the activation, and three chains of sums are no bound where the weight comes from memory.
 
 #include "kernels.h"
+#include "plan.h"
 #include "target.h"
 
 #if INT8COMPILE_X86_2021
@@ -42,7 +44,6 @@ constexpr int64_t kTile = 16;  // rows
 constexpr int64_t kFragment = 64;  // codes along K
 constexpr int64_t kTileBytes = kTile * kFragment;
 constexpr int64_t kDepth = 11;  // fragments
-constexpr int64_t kFewRows = 4;  // up to here without tiles
 constexpr int64_t kColTiles = kTileCols / kTile;
 static_assert(kPackRows == kTile && kTileRows % (2 * kTile) == 0 && kTileCols % kTile == 0, "tiles fit");
 
@@ -268,15 +269,11 @@ void pack(Codes a, int64_t rows, int64_t k, int8_t* packed) {
   }
 }
 
-bool pays(int64_t rows, int64_t k) {
-  return rows > kFewRows && k >= kFragment;
-}
-
 int64_t row_bytes(int64_t k) {
   return divide_up(k, kFragment) * kFragment;
 }
 
-constexpr Packing kPacking = {pays, row_bytes, pack, amx_product, begin, end};
+constexpr Packing kPacking = {row_bytes, pack, begin, end};
 
 }  // namespace
 
@@ -286,7 +283,8 @@ const Kernels* amx_kernels() {
   static const Kernels table = [] {
     Kernels made = *avx512vnni_kernels();
     made.name = "amx";
-    made.packing = &kPacking;
+    made.multipliers = made.multipliers.with(Method::amx, {amx_product, &kPacking, kFragment});
+    made.method = amx_method;
     return made;
   }();
   return &table;

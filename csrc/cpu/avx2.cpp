@@ -7,6 +7,7 @@
 // fewer rows by up to 4 columns. Partial sums run along K and are added up at the end of the block.
 
 #include "kernels.h"
+#include "plan.h"
 #include "target.h"
 
 #if INT8COMPILE_X86
@@ -141,7 +142,8 @@ constexpr Kernels kAvx2 = {
     "avx2",
     quantize_row_of<Avx2Vec>,
     residual_row_of<Avx2Vec>,
-    widened_product<Avx2Micro>,
+    Multipliers().with(Method::widened, {widened_product<Avx2Micro>}),
+    avx2_method,
     finish_tile<Avx2Vec>,
 };
 

@@ -1,6 +1,8 @@
-// The provider for x86 with AVX512 and its int8 dot products (Cascade Lake, Zen 4 and later). See vnni.h and, for many rows, panel.h.
+// The provider for x86 with AVX512 and its int8 dot products (Cascade Lake, Zen 4 and later). See vnni.h and, for many
+// rows, panel.h.
 
 #include "kernels.h"
+#include "plan.h"
 #include "target.h"
 
 #if INT8COMPILE_X86
@@ -71,15 +73,12 @@ struct ZmmLanes {
   }
 };
 
-void product(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
-  (rows < kPanelRows ? Vnni<ZmmLanes>::product : Panel<ZmmLanes>::product)(a, b, rows, cols, k, sums);
-}
-
 constexpr Kernels kAvx512Vnni = {
     "avx512vnni",
     quantize_row_of<Avx512Vec>,
     residual_row_of<Avx512Vec>,
-    product,
+    Multipliers().with(Method::dot, {Vnni<ZmmLanes>::product}).with(Method::panel, {Panel<ZmmLanes>::product}),
+    avx512vnni_method,
     finish_tile<Avx512Vec>,
     Vnni<ZmmLanes>::row_sum,
 };

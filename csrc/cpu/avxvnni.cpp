@@ -4,6 +4,7 @@
 // exclusive or a weight register. The CPUs that have it are few, and the loads are the bound there.)
 
 #include "kernels.h"
+#include "plan.h"
 #include "target.h"
 
 #if INT8COMPILE_X86_2021
@@ -75,7 +76,8 @@ const Kernels* avxvnni_kernels() {
   static const Kernels table = [] {
     Kernels made = *avx2_kernels();
     made.name = "avxvnni";
-    made.multiply = Vnni<YmmLanes>::product;
+    made.multipliers = Multipliers().with(Method::dot, {Vnni<YmmLanes>::product});
+    made.method = avxvnni_method;
     made.row_sum = Vnni<YmmLanes>::row_sum;
     return made;
   }();

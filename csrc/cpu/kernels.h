@@ -84,21 +84,57 @@ constexpr int64_t kPackRows = 16;
 // For providers that multiply codes in another layout than row-major: each call arranges its codes once, in scratch
 // memory, and multiplies those.
 struct Packing {
-  // Whether a call of that many rows packs its codes. If not, Kernels::multiply does it.
-  bool (*pays)(int64_t rows, int64_t k);
-
   // Bytes a packed row takes; kPackRows of them lie together, at a multiple of 64 bytes.
   int64_t (*row_bytes)(int64_t k);
 
   // kPackRows rows of codes, or the last few of a call.
   void (*pack)(Codes a, int64_t rows, int64_t k, int8_t* packed);
 
-  // As Kernels::multiply, `a` being packed, its stride row_bytes(k), its first row a multiple of kPackRows.
-  void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums);
-
   // A thread calls begin() before it multiplies and end() after: state of the CPU that other code must not find.
   void (*begin)();
   void (*end)();
+};
+
+// The ways to multiply. A provider has one or several; plan.cpp says which of them a call takes. Their sums are the same.
+enum class Method : uint8_t { widened, dot, panel, amx };
+constexpr int kMethods = 4;
+
+// One of them, as a provider has it.
+struct Multiplier {
+  // sums [rows, kTileCols] = a [rows, k] times the transpose of b [cols, k], exact in int32 for every int8 value.
+  // a.row_sums may be null: then they are added up where they are needed, once a tile.
+  void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) = nullptr;
+
+  // Or null. Then `a` is what it packs: its stride is row_bytes(k), its first row a multiple of kPackRows.
+  const Packing* packing = nullptr;
+
+  // What it can compute.
+  int64_t least_k = 0;
+};
+
+// Those of a provider: Multipliers().with(Method::dot, {...}).with(Method::panel, {...}).
+struct Multipliers {
+  Multiplier of[kMethods];
+
+  constexpr Multipliers with(Method method, Multiplier multiplier) const {
+    Multipliers made = *this;
+    made.of[int(method)] = multiplier;
+    return made;
+  }
+
+  constexpr const Multiplier& operator[](Method method) const {
+    return of[int(method)];
+  }
+
+  constexpr bool can(Method method, int64_t k) const {
+    return of[int(method)].multiply != nullptr && k >= of[int(method)].least_k;
+  }
+};
+
+// What a call multiplies: [rows, k] by [cols, k], on so many threads.
+struct Sizes {
+  int64_t rows, cols, k;
+  int threads;
 };
 
 struct Kernels {
@@ -113,17 +149,16 @@ struct Kernels {
       const void* x, Float type, const int8_t* codes, float scale, float from, int64_t count, const int32_t* columns,
       float* residual);
 
-  // sums [rows, kTileCols] = a [rows, k] times the transpose of b [cols, k], exact in int32 for every int8 value.
-  // a.row_sums may be null: then they are added up where they are needed, once a tile.
-  void (*multiply)(Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums);
+  Multipliers multipliers;
+
+  // The one that is taken where nothing else was asked for: one of plan.cpp's.
+  Method (*method)(const Sizes& sizes);
 
   // Scales, the outlier product, bias and the one rounding to the output's dtype.
   void (*finish)(const Tile& tile);
 
-  // The sum of a row's k codes, or null where multiply has no use for it.
+  // The sum of a row's k codes, or null where no multiplier has a use for it.
   int32_t (*row_sum)(const int8_t* codes, int64_t k) = nullptr;
-
-  const Packing* packing = nullptr;
 };
 
 // The provider in use: the best this CPU runs, or what set_isa() asked for.

@@ -7,7 +7,7 @@
 //   panel [K / 4][registers][16 columns][4 codes]
 //
 // and each row of the activation, which stays row-major, is read four codes at a time, broadcast to all columns. A panel
-// is packed once a tile and serves all its rows, which has to pay for packing: kPanelRows. It is as deep as it can be
+// is packed once a tile and serves all its rows, which has to pay for packing (plan.cpp). It is as deep as it can be
 // and stay in L1, where all blocks of rows read it again.
 //
 // What bounds it: 24 dot products, two a cycle, for three loads of the panel and eight broadcasts.
@@ -27,9 +27,6 @@
 namespace int8compile {
 namespace {
 
-// From as many rows on packing pays. Two builds timed in turns on an Emerald Rapids, one thread, with and without this
-// file: at 16 rows it was slower, at 96 it depended on the shape, from 128 rows on no shape was slower.
-constexpr int64_t kPanelRows = 128;
 constexpr int kPanelRegisters = 3;
 constexpr int kPanelBlock = 8;  // rows at a time
 constexpr int64_t kLane = 4;  // codes of a column in a register

@@ -9,6 +9,7 @@
 
 #include "finish.h"
 #include "kernels.h"
+#include "plan.h"
 #include "quantize.h"
 #include "vec_portable.h"
 #include "widened.h"
@@ -48,7 +49,8 @@ constexpr Kernels kPortable = {
     "portable",
     quantize_row_of<PortableVec>,
     residual_row_of<PortableVec>,
-    widened_product<PortableMicro>,
+    Multipliers().with(Method::widened, {widened_product<PortableMicro>}),
+    portable_method,
     finish_tile<PortableVec>,
 };
 

@@ -9,6 +9,8 @@
 
 #include "product.h"
 
+#include "plan.h"
+
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -70,20 +72,26 @@ int64_t list_columns(const uint8_t* flags, int64_t k, int32_t* columns) {
   return count;
 }
 
-// The left operand of a product: row-major codes, or those that a provider has packed.
+// The left operand of a product: row-major codes, or packed for the method that the plan has for all of them.
 struct Operand {
   const Kernels* use;
-  const Packing* packing;  // or null
+  Sizes sizes;
+  const Multiplier* multiplier;
   Codes codes;
 
-  void multiply(int64_t row, Codes weight, int64_t rows, int64_t cols, int64_t k, int32_t* sums) const {
-    (packing == nullptr ? use->multiply : packing->multiply)(codes.from_row(row), weight, rows, cols, k, sums);
+  const Packing* packing() const {
+    return multiplier->packing;
+  }
+
+  // For a tile of some of the rows. They may be too few for the method of all of them, unless they are packed for it.
+  const Multiplier& of_rows(int64_t rows) const {
+    if (rows == sizes.rows || packing() != nullptr) {
+      return *multiplier;
+    }
+    const Multiplier& own = use->multipliers[plan(*use, {rows, sizes.cols, sizes.k, sizes.threads})];
+    return own.packing == nullptr ? own : *multiplier;
   }
 };
-
-const Packing* packing_of(const Kernels& use, const Activation& x) {
-  return use.packing != nullptr && use.packing->pays(x.rows, x.k) ? use.packing : nullptr;
-}
 
 void pack(const Packing& packing, const Activation& x, const int8_t* codes, int64_t row_bytes, int8_t* packed) {
   const int64_t grain = divide_up(kPackGrain, kPackRows * x.k);
@@ -161,10 +169,12 @@ void multiply_part(
     Range rows, Range cols, int64_t k, const Operand& left, const float* row_scale, const Outliers& outliers,
     const Product& p) {
   alignas(64) static thread_local int32_t sums[kTileRows * kTileCols];
-  const Prepared prepared(left.packing);
+  const Prepared prepared(left.packing());
   Scratch<float> gathered(outliers.count * kStrip);
   const int64_t col_step = tile_cols(rows.end - rows.begin, k);
   for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+    const Codes codes = left.codes.from_row(row);
+    const Multiplier& multiplier = left.of_rows(std::min(kTileRows, rows.end - row));
     for (int64_t col = cols.begin; col < cols.end; col += col_step) {
       Tile tile;
       tile.rows = std::min(kTileRows, rows.end - row);
@@ -181,7 +191,7 @@ void multiply_part(
       tile.out = const_cast<char*>(element(p.out, p.out_type, row * p.cols + col));
       tile.out_stride = p.cols;
       tile.out_type = p.out_type;
-      left.multiply(row, tile.weight, tile.rows, tile.cols, k, sums);
+      multiplier.multiply(codes, tile.weight, tile.rows, tile.cols, k, sums);
       left.use->finish(tile);
     }
   }
@@ -219,26 +229,28 @@ void scaled_product(
     outliers.residual = residual.data();
   }
   const Kernels& use = kernels();
-  Operand left = {&use, packing_of(use, x), {codes, x.k}};
-  const bool sums = left.packing == nullptr && use.row_sum != nullptr;
+  const Sizes sizes = {x.rows, product.cols, x.k, at::get_num_threads()};
+  Operand left = {&use, sizes, &use.multipliers[plan(use, sizes)], {codes, x.k}};
+  const Packing* packing = left.packing();
+  const bool sums = packing == nullptr && use.row_sum != nullptr;
   Scratch<int32_t> row_sums(sums ? x.rows : 0);
   if (sums) {
     fill_row_sums(use, x, codes, row_sums.data());
     left.codes.row_sums = row_sums.data();
   }
-  const int64_t row_bytes = left.packing == nullptr ? 0 : left.packing->row_bytes(x.k);
+  const int64_t row_bytes = packing == nullptr ? 0 : packing->row_bytes(x.k);
   Scratch<int8_t> packed(divide_up(x.rows, kPackRows) * kPackRows * row_bytes);
-  if (left.packing != nullptr) {
-    pack(*left.packing, x, codes, row_bytes, packed.data());
+  if (packing != nullptr) {
+    pack(*packing, x, codes, row_bytes, packed.data());
     left.codes = {packed.data(), row_bytes};
   }
   const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
-  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, at::get_num_threads());
+  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, sizes.threads);
   const int64_t col_parts = std::min(parts, divide_up(product.cols, kStrip));
   const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
   at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Range rows = part(x.rows, left.packing == nullptr ? 1 : kPackRows, row_parts, i / col_parts);
+      const Range rows = part(x.rows, packing == nullptr ? 1 : kPackRows, row_parts, i / col_parts);
       const Range cols = part(product.cols, kStrip, col_parts, i % col_parts);
       multiply_part(rows, cols, x.k, left, row_scale, outliers, product);
     }

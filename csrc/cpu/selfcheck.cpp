@@ -44,12 +44,12 @@ class Random {
 };
 
 std::vector<int32_t> product(
-    const Kernels& use, const std::vector<int8_t>& a, const std::vector<int8_t>& b, int64_t rows, int64_t cols,
-    int64_t k) {
+    const Multiplier& multiplier, const std::vector<int8_t>& a, const std::vector<int8_t>& b, int64_t rows,
+    int64_t cols, int64_t k) {
   std::vector<int32_t> sums(rows * kTileCols);
-  const Packing* packing = use.packing;
-  if (packing == nullptr || !packing->pays(rows, k)) {
-    use.multiply({a.data(), k}, {b.data(), k}, rows, cols, k, sums.data());
+  const Packing* packing = multiplier.packing;
+  if (packing == nullptr) {
+    multiplier.multiply({a.data(), k}, {b.data(), k}, rows, cols, k, sums.data());
   } else {
     const int64_t bytes = packing->row_bytes(k), padded = (rows + kPackRows - 1) / kPackRows * kPackRows;
     std::vector<int8_t> memory(padded * bytes + 64);
@@ -58,7 +58,7 @@ std::vector<int32_t> product(
       packing->pack({a.data() + row * k, k}, std::min(kPackRows, rows - row), k, packed + row * bytes);
     }
     packing->begin();
-    packing->multiply({packed, bytes}, {b.data(), k}, rows, cols, k, sums.data());
+    multiplier.multiply({packed, bytes}, {b.data(), k}, rows, cols, k, sums.data());
     packing->end();
   }
   for (int64_t row = 0; row < rows; ++row) {  // what lies behind the columns is nobody's
@@ -76,9 +76,13 @@ bool same_products(const Kernels& use) {
   Random random;
   for (const auto& shape : shapes) {
     const std::vector<int8_t> a = random.codes(shape.rows * shape.k), b = random.codes(shape.cols * shape.k);
-    if (product(use, a, b, shape.rows, shape.cols, shape.k) !=
-        product(*portable_kernels(), a, b, shape.rows, shape.cols, shape.k)) {
-      return false;
+    const Multiplier& portable = portable_kernels()->multipliers[Method::widened];
+    const std::vector<int32_t> want = product(portable, a, b, shape.rows, shape.cols, shape.k);
+    for (int i = 0; i < kMethods; ++i) {
+      if (use.multipliers.can(Method(i), shape.k) &&
+          product(use.multipliers.of[i], a, b, shape.rows, shape.cols, shape.k) != want) {
+        return false;
+      }
     }
   }
   return true;

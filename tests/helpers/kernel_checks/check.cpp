@@ -1,7 +1,7 @@
 // Runs csrc/cpu's providers, on this machine's instructions or on emulated ones.
 //
 //   check kernels NAME   each function of a provider against the portable one's and against plain loops, on memory of
-//                        exactly the right size
+//                        exactly the right size; and which method is taken when
 //   check product NAME   whole calls through product.cpp, with threads
 //   check here           both, for every provider that this machine has; prints their names
 //   check features       what is made of CPUs' answers, of those that have an instruction set and those that have not
@@ -44,16 +44,17 @@ void check_selfcheck() {
   for (const Kernels* use : right) {
     expect(agrees_with_portable(*use), "the self-check rejects ", use->name);
   }
-  static Kernels wrong[5];
-  static Packing packing = *amx_kernels()->packing;
+  static Kernels wrong[6];
+  static Packing packing = *amx_kernels()->multipliers[Method::amx].packing;
   for (Kernels& use : wrong) {
     use = *portable_kernels();
   }
   wrong[0].name = "sums";
-  wrong[0].multiply = [](Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
-    portable_kernels()->multiply(a, b, rows, cols, k, sums);
+  const Multiplier off_by_one = {[](Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
+    portable_kernels()->multipliers[Method::widened].multiply(a, b, rows, cols, k, sums);
     sums[(rows - 1) * kTileCols + cols - 1] += k > 1000;
-  };
+  }};
+  wrong[0].multipliers = Multipliers().with(Method::widened, off_by_one);
   wrong[1].name = "codes";
   wrong[1].quantize_row = [](const void* x, Float type, int64_t k, float limit, int8_t* codes, uint8_t* outliers) {
     const float scale = portable_kernels()->quantize_row(x, type, k, limit, codes, outliers);
@@ -70,11 +71,13 @@ void check_selfcheck() {
     *static_cast<uint8_t*>(tile.out) ^= tile.out_type == Float::bf16;
   };
   packing.pack = [](Codes a, int64_t rows, int64_t k, int8_t* packed) {
-    amx_kernels()->packing->pack({a.data, a.stride}, rows - (rows == 16), k, packed);
+    amx_kernels()->multipliers[Method::amx].packing->pack({a.data, a.stride}, rows - (rows == 16), k, packed);
   };
   wrong[4] = *amx_kernels();
   wrong[4].name = "packed";
-  wrong[4].packing = &packing;
+  wrong[4].multipliers.of[int(Method::amx)].packing = &packing;
+  wrong[5].name = "seldom";  // which the plan takes for no call
+  wrong[5].multipliers = wrong[5].multipliers.with(Method::panel, off_by_one);
   std::vector<Provider> table = {{"absent", nullptr, true}, {"not here", &wrong[0], false}};
   std::string names;
   for (const Kernels& use : wrong) {
@@ -96,6 +99,7 @@ void check_all(const Kernels* use) {
   chosen = use;
   check_kernels(*use);
   check_extremes(*use);
+  check_plan(*use);
   check_product(&chosen);
 }
 
@@ -128,6 +132,7 @@ int main(int count, char** words) {
     if (what == "kernels") {
       check_kernels(*chosen);
       check_extremes(*chosen);
+      check_plan(*chosen);
     } else {
       check_product(&chosen);
     }

@@ -116,5 +116,7 @@ void check_extremes(const int8compile::Kernels& use);
 
 void check_features();
 
+void check_plan(const int8compile::Kernels& use);
+
 // `use` is what int8compile::kernels() returns.
 void check_product(const int8compile::Kernels** use);

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <string>
 
+#include "../../../csrc/cpu/plan.h"
 #include "../emulated_isa/half.h"
 #include "check.h"
 
@@ -30,9 +31,9 @@ Exact<int8_t> codes(Random& random, int64_t rows, int64_t k, int64_t gap, int ki
 }
 
 // As product.cpp does it.
-void multiply(const Kernels& use, Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
+void multiply(const Multiplier& use, Codes a, Codes b, int64_t rows, int64_t cols, int64_t k, int32_t* sums) {
   const Packing* packing = use.packing;
-  if (packing == nullptr || !packing->pays(rows, k)) {
+  if (packing == nullptr) {
     return use.multiply(a, b, rows, cols, k, sums);
   }
   const int64_t bytes = packing->row_bytes(k), blocks = (rows + kPackRows - 1) / kPackRows;
@@ -42,15 +43,13 @@ void multiply(const Kernels& use, Codes a, Codes b, int64_t rows, int64_t cols, 
         {a.data + row * a.stride, a.stride}, std::min(kPackRows, rows - row), k, packed.data() + row * bytes);
   }
   packing->begin();
-  packing->multiply({packed.data(), bytes}, b, rows, cols, k, sums);
+  use.multiply({packed.data(), bytes}, b, rows, cols, k, sums);
   packing->end();
 }
 
 void check_multiply(const Kernels& use, Random& random, int64_t rows, int64_t cols, int64_t k, int left, int right) {
   const int64_t a_gap = random.one_of({0, 0, 3}), b_gap = random.one_of({0, 0, 1, 37});
   const Exact<int8_t> a = codes(random, rows, k, a_gap, left), b = codes(random, cols, k, b_gap, right);
-  Exact<int32_t> sums(rows * kTileCols);
-  std::fill(sums.begin(), sums.end(), 0x55555555);
   Exact<int32_t> row_sums(rows);
   const bool summed = use.row_sum != nullptr && random.below(2) == 0;
   for (int64_t i = 0; summed && i < rows; ++i) {
@@ -59,18 +58,31 @@ void check_multiply(const Kernels& use, Random& random, int64_t rows, int64_t co
     expect(row_sums[i] == std::accumulate(row, row + k, 0), "row_sum of ", k, " codes: ", row_sums[i]);
   }
   const Codes left_codes = {a.data(), k + a_gap, summed ? row_sums.data() : nullptr};
-  multiply(use, left_codes, {b.data(), k + b_gap}, rows, cols, k, sums.data());
+  std::vector<Exact<int32_t>> sums;
+  std::vector<const char*> names;
+  for (int method = 0; method < kMethods; ++method) {
+    if (use.multipliers.can(Method(method), k)) {
+      names.push_back(name_of(Method(method)));
+      sums.emplace_back(rows * kTileCols);
+      std::fill(sums.back().begin(), sums.back().end(), 0x55555555);
+      multiply(use.multipliers.of[method], left_codes, {b.data(), k + b_gap}, rows, cols, k, sums.back().data());
+      expect(tiles_are_released(), "multiply: the tiles are not released");
+    }
+  }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
       int64_t want = 0;
       for (int64_t c = 0; c < k; ++c) {
         want += int64_t(a[i * (k + a_gap) + c]) * b[j * (k + b_gap) + c];
       }
-      const int32_t got = sums[i * kTileCols + j];
-      expect(got == want, "multiply ", shape(rows, cols, k), " at ", i, ", ", j, ": ", got, ", not ", want);
+      for (size_t method = 0; method < sums.size(); ++method) {
+        const int32_t got = sums[method][i * kTileCols + j];
+        expect(
+            got == want, "multiply ", shape(rows, cols, k), " at ", i, ", ", j, " by ", names[method], ": ", got,
+            ", not ", want);
+      }
     }
   }
-  expect(tiles_are_released(), "multiply: the tiles are not released");
 }
 
 void check_products(const Kernels& use, Random& random) {

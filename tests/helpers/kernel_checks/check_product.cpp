@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "../../../csrc/cpu/plan.h"
 #include "../../../csrc/cpu/product.h"
 #include "ATen/Parallel.h"
 #include "check.h"
@@ -69,6 +70,17 @@ std::vector<Problem> extremes(Random& random) {
   return made;
 }
 
+// Who multiplies: what the table says, and each of the provider's methods.
+std::vector<std::string> choices(const Kernels& use, int64_t k) {
+  std::vector<std::string> names = {"auto"};
+  for (int method = 0; method < kMethods; ++method) {
+    if (use.multipliers.can(Method(method), k)) {
+      names.push_back(name_of(Method(method)));
+    }
+  }
+  return names;
+}
+
 }  // namespace
 
 void check_product(const Kernels** use) {
@@ -92,10 +104,14 @@ void check_product(const Kernels** use) {
     *use = &reference;
     const Exact<char> want = problem.run(1);
     *use = checked;
-    for (const int threads : {1, 3, 8}) {
-      expect(
-          same(problem.run(threads), want), "product ", problem.rows, " x ", problem.k, " x ", problem.cols,
-          ", threshold ", problem.threshold, ", ", threads, " threads: outputs differ");
+    for (const std::string& method : choices(*checked, problem.k)) {
+      force_method(method);
+      for (const int threads : {1, 3, 8}) {
+        expect(
+            same(problem.run(threads), want), "product ", problem.rows, " x ", problem.k, " x ", problem.cols, " by ",
+            method, ", threshold ", problem.threshold, ", ", threads, " threads: outputs differ");
+      }
     }
+    force_method("auto");
   }
 }
