@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from int8compile.programs.packaging import load_package, package
     from int8compile.report import Reason, Report, Site
     from int8compile.session import last_report
+    from int8compile.tuning.tune import tune
     from int8compile.weights.invalidation import invalidate, restore_weights_
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOME = {
     "quantize_": "modules.inplace",
     "restore_weights_": "weights.invalidation",
     "save": "programs.archive",
+    "tune": "tuning.tune",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "quantize_",
     "restore_weights_",
     "save",
+    "tune",
 ]
 
 hooks.register("transformers", lambda: importlib.import_module("int8compile.integrations.transformers"))

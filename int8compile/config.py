@@ -215,6 +215,11 @@ def cpu_isa() -> str:
     return os.environ.get("INT8COMPILE_CPU_ISA") or "auto"
 
 
+def tuned_is_ignored() -> bool:
+    """Whether ``INT8COMPILE_IGNORE_TUNED=1`` leaves the table that ``int8compile tune`` wrote unread."""
+    return _switch("INT8COMPILE_IGNORE_TUNED")
+
+
 def cuda_archs() -> str | None:
     """The architectures that CUDA kernels are built for, from ``INT8COMPILE_CUDA_ARCHS`` ("80;90a"); None: those here.
 
@@ -225,7 +230,11 @@ def cuda_archs() -> str | None:
 
 def disabled() -> bool:
     """Whether ``INT8COMPILE_DISABLE=1`` leaves every model in float, to see what int8 changes and what it does not."""
-    value = os.environ.get("INT8COMPILE_DISABLE", "")
+    return _switch("INT8COMPILE_DISABLE")
+
+
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
-        raise OptionValueError("INT8COMPILE_DISABLE", value, "1, 0 or nothing")
+        raise OptionValueError(variable, value, "1, 0 or nothing")
     return value == "1"

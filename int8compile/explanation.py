@@ -12,8 +12,9 @@ from torch import fx
 from int8compile.backend import rewrite
 from int8compile.config import Int8Config
 from int8compile.errors import CaptureError
+from int8compile.graph.capture import Capture
 from int8compile.native.providers import choose_provider
-from int8compile.report import Report
+from int8compile.report import GraphReport, Report
 from int8compile.torch_internals.modules import uncompiled
 
 
@@ -34,14 +35,25 @@ def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwa
         CaptureError: the model is not callable.
         OptionNameError, OptionValueError: bad options.
     """
+    report = Report()
+    each_graph(model, args, kwargs, options, lambda captured, graph: report.add(graph))
+    return report
+
+
+def each_graph(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: object,
+    look: Callable[[Capture, GraphReport], None],
+) -> None:
+    """Run a model once and look at each of its graphs as ``backend="int8"`` would rewrite it; raises as ``explain``."""
     if not callable(model):
         raise CaptureError(f"explain(model, ...): model is {type(model).__name__}, expected a module or function")
     config = Int8Config.make(options)
-    report = Report()
 
-    def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        provider = choose_provider(config.kernels, example_inputs)
-        report.add(rewrite(gm, example_inputs, config, provider)[1])
+    def rewritten(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        look(*rewrite(gm, example_inputs, config, choose_provider(config.kernels, example_inputs)))
         return gm.forward
 
     original = uncompiled(model)
@@ -51,9 +63,8 @@ def explain(model: Callable[..., Any], *args: Any, options: object = None, **kwa
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return original(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=f"explain_{id(report):x}")
-    torch.compile(call, backend=look, **_isolated())(args, kwargs)
-    return report
+    call.__code__ = call.__code__.replace(co_name=f"explain_{id(call):x}")
+    torch.compile(call, backend=rewritten, **_isolated())(args, kwargs)
 
 
 def _isolated() -> dict[str, Any]:

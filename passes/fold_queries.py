@@ -1,7 +1,9 @@
 """fold_queries: attention of one query over grouped heads reads the query heads of a group as rows.
 
     attention(q [B, H * G, 1, D], k, v [B, H, S, D], enable_gqa=True)
-        -> attention(q as [B, H, G, D], k, v) as [B, H * G, 1, D]
+        -> attention(q as [B, H, G, D], k, v) as [B, H * G, 1, D]                     folded
+    attention(q [B, H, 1, D], k, v [B, H, S, D])
+        -> attention(q as [B, H, 2, D], k, v)[:, :, :1]                               two rows, only where tuned
 
 This is a decoded token. PyTorch's CPU kernel reads a key/value head once for all rows of a query head, and again for
 each query head; and a product with a single row is slow. Rows do not see one another, so the results are the same up to
@@ -9,10 +11,11 @@ rounding. What it is worth, as ``python -m benchmarks.studies.decode_attention``
 1.6 times in float32, 1.8 to 2.7 times in float16 and 0.8 to 1.1 times in bfloat16. On a Zen 5 bfloat16 was found 4 to 6
 times as fast when tried by hand, before there was that script.
 
-Left alone: bfloat16 on Intel's CPUs; more queries than one; causal masks (which ask what a row's number is); dropout;
-gradients; GPUs; masks that are neither the same for all query heads nor one row for each; and CPUs with so many threads
-that the heads of the queries keep more of them busy than those of keys do. A single query without groups is left alone,
-too: read as two equal rows it was 1.7 times as fast on the Zen 5, and takes four times as long on the other.
+Left alone: more queries than one; causal masks (which ask what a row's number is); dropout; gradients; GPUs; masks that
+are neither the same for all query heads nor one row for each. Left alone, too, unless ``int8compile tune`` has found
+otherwise: bfloat16 on Intel's CPUs; CPUs with so many threads that the heads of the queries keep more of them busy than
+those of keys do; and a query without groups, which as two equal rows was 1.7 times as fast on the Zen 5, and takes four
+times as long on the other.
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.cpuinfo import cpu_says
 from int8compile.graph.dump import meta_tensor
+from int8compile.native import tuned
 from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.context import PassContext
 from int8compile.passes.group_heads import ATTENTION
 
 aten = torch.ops.aten
+
+#: of ``int8compile tune``
+TUNABLE = "fold_queries"
+#: the forms of an attention of one query
+AS_IT_IS, FOLDED, TWO_ROWS = "as it is", "folded", "two rows"
 
 
 def fold_queries(graph: fx.Graph, context: PassContext) -> int:
@@ -44,14 +53,17 @@ def fold_queries(graph: fx.Graph, context: PassContext) -> int:
             continue
         given = arguments(node)
         groups = _groups(node, given)
-        if groups is not None and _is_worth_it(node, groups) and _takes_rows(given["attn_mask"], node):
-            context.replace(node, _folded(node, given, groups, context))
-            changes += 1
+        form = AS_IT_IS if groups is None else _form(node, groups)
+        if groups is None or form == AS_IT_IS or not _takes_rows(given["attn_mask"], node):
+            continue
+        rewritten = _folded(node, given, groups, context) if form == FOLDED else _two_rows(node, given, context)
+        context.replace(node, rewritten)
+        changes += 1
     return changes
 
 
 def _groups(node: fx.Node, given: dict[str, Any]) -> int | None:
-    """How many query heads share a key/value head; None where this is no attention of one query."""
+    """How many query heads share a key/value head, one or more; None where this is no attention of one query."""
     tensors = [meta_tensor(given[name]) if given else None for name in ("query", "key", "value")]
     out = meta_tensor(node)
     if out is None or out.device.type != "cpu" or any(t is None or t.dim() != 4 for t in tensors):
@@ -65,18 +77,34 @@ def _groups(node: fx.Node, given: dict[str, Any]) -> int | None:
     if not (isinstance(heads, int) and isinstance(kv_heads, int) and value[1] == kv_heads and 0 < kv_heads <= heads):
         return None
     batches = all(statically_known_true(query[0] == shape[0]) for shape in (key, value))  # none is broadcast
-    grouped = given["enable_gqa"] and heads > kv_heads and heads % kv_heads == 0
-    return heads // kv_heads if batches and grouped else None
+    takes = heads == kv_heads or (given["enable_gqa"] and heads % kv_heads == 0)
+    return heads // kv_heads if batches and takes else None
 
 
-def _is_worth_it(node: fx.Node, groups: int) -> bool:
-    """Whether rows are faster here, and less work pays for fewer parts, a head each and up to twice as much work."""
+def _form(node: fx.Node, groups: int) -> str:
+    """What has been measured to be the fastest here, else the default."""
     out = meta_tensor(node)
     assert out is not None
-    if out.dtype is torch.bfloat16 and cpu_says("vendor_id") == "GenuineIntel":
-        return False
     threads, heads = torch.get_num_threads(), int(out.shape[1])
-    return 2 * -(-heads // groups // threads) <= -(-heads // threads)
+    found = tuned.choice(TUNABLE, threads=threads, **choice_keys(out.dtype, heads, heads // groups))
+    return found if found in forms(groups) else default_form(out.dtype, heads, groups, threads)
+
+
+def forms(groups: int) -> tuple[str, str]:
+    """Those that an attention of one query has, for so many query heads to a key/value head."""
+    return (AS_IT_IS, FOLDED if groups > 1 else TWO_ROWS)
+
+
+def choice_keys(dtype: torch.dtype, heads: int, kv_heads: int) -> dict[str, int | str]:
+    """What a tuned choice of the form is looked up by, beside the threads."""
+    return {"dtype": str(dtype).removeprefix("torch."), "heads": heads, "kv_heads": kv_heads}
+
+
+def default_form(dtype: torch.dtype, heads: int, groups: int, threads: int) -> str:
+    """Folded where rows are faster, and less work pays for fewer parts: a head each, and up to twice as much work."""
+    if groups == 1 or (dtype is torch.bfloat16 and cpu_says("vendor_id") == "GenuineIntel"):
+        return AS_IT_IS
+    return FOLDED if 2 * -(-heads // groups // threads) <= -(-heads // threads) else AS_IT_IS
 
 
 def _takes_rows(mask: object, attention: fx.Node) -> bool:
@@ -105,3 +133,12 @@ def _folded(node: fx.Node, given: dict[str, Any], groups: int, context: PassCont
     options = {"attn_mask": mask, "scale": given["scale"]}
     attended = call(node.target, query, given["key"], given["value"], **options)
     return call(aten.unsqueeze.default, call(aten.flatten.using_ints, attended, 1, 2), 2)
+
+
+def _two_rows(node: fx.Node, given: dict[str, Any], context: PassContext) -> fx.Node:
+    """The attention of the query given twice, of which one result is kept. Its mask has one row, which is for both."""
+    target: Any = node.target
+    query = context.call(node, aten.expand.default, (given["query"], [-1, -1, 2, -1]), like=node)
+    options = {"attn_mask": given["attn_mask"], "scale": given["scale"]}
+    attended = context.call(node, target, (query, given["key"], given["value"]), like=node, kwargs=options)
+    return context.call(node, aten.narrow.default, (attended, 2, 0, 1), like=node)

@@ -3,6 +3,7 @@
 ``commands``      what each command does
 ``output``        what they write: results, progress, failures
 ``diagnosis``     the table of ``doctor``
+``tuning``        the table of ``tune``
 ``named_models``  the models that a command line names
 """
 

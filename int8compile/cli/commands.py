@@ -235,6 +235,67 @@ def package(
         out.print(f"{target}: {size / 2**20:.1f} MiB", highlight=False)
 
 
+def _shapes(text: str | None) -> str | None:
+    """As it is, if it can be read."""
+    from int8compile.tuning.request import shapes
+
+    try:
+        return None if text is None or not shapes(text) else text
+    except Int8CompileError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def tune(
+    model: Annotated[str | None, typer.Argument(help="Measure for its shapes; a model as `explain` takes it.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="K x N of weights, such as 576x1536,2048x2048.", callback=_shapes)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; those that it takes by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="To measure for, at most.")] = 120,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, and keep nothing.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what was kept, and measure nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which CPU kernels are the fastest on this machine, and let every process of this user take those.
+
+    With no model and no shapes: for shapes that many models have. No choice changes a result of an int8 product.
+
+    Example: int8compile tune ./SmolLM2-135M --threads 2
+    """
+    from int8compile.cli.tuning import print_tuning
+    from int8compile.native import tuned
+    from int8compile.tuning.request import shapes as read_shapes
+    from int8compile.tuning.tune import tune as measure
+
+    with failures_to_stderr(), progress_bars(as_json) as progress:
+        if clear:
+            removed = tuned.clear()
+        else:
+            subject: Any = None
+            args: tuple[Any, ...] = ()
+            kwargs: dict[str, Any] = {}
+            if model is not None:
+                from int8compile.cli.named_models import find
+
+                progress(f"load {model}", 0, None)
+                subject, args, kwargs, _ = find(model)
+                progress(f"load {model}", 1, 1)
+            given = () if shapes is None else read_shapes(shapes)
+            options: dict[str, Any] = {
+                "threads": threads,
+                "seconds": seconds,
+                "keep": not dry_run,
+                "progress": progress,
+            }
+            tuning = measure(subject, *args, shapes=given, **options, **kwargs)
+    if clear:
+        text = f"removed {removed}" if removed else "there was no tuned table"
+        print_json({"removed": removed and str(removed)}) if as_json else out.print(text, highlight=False)
+    else:
+        print_json(tuning.to_dict()) if as_json else print_tuning(tuning)
+
+
 def _options(threshold: float, skip: list[str] | None, min_features: int) -> dict[str, Any]:
     return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
 

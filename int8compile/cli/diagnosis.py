@@ -19,6 +19,7 @@ def print_diagnosis(found: dict[str, Any]) -> None:
         "CPU": f"{found['machine']}, torch sees {found['cpu']['capability']}, {found['cpu']['threads']} threads",
         "GPUs": ", ".join(found["gpus"]) or "none",
         "CPU kernels": _describe_kernels(kernels),
+        "tuned": _describe_tuned(found["tuned"]),
         **{tool: path or "not found" for tool, path in tools.items()},
         "builds in": _describe_folder(found["cache_folder"]),
         **{f"library {name}": _describe_library(library) for name, library in found["libraries"].items()},
@@ -53,3 +54,18 @@ def _describe_kernels(kernels: dict[str, Any]) -> str:
     available = " ".join(kernels["available"])
     wanted = "" if kernels["requested"] == "auto" else f"; INT8COMPILE_CPU_ISA={kernels['requested']}"
     return f"{kernels['chosen']}, of {available}{wanted}"
+
+
+def _describe_tuned(tuned: dict[str, Any]) -> str:
+    if tuned["problem"]:
+        return f"not used: {tuned['problem']}"
+    if not tuned["days"]:
+        another = "another version was; " if tuned["others"] else ""
+        return f"no ({another}int8compile tune measures what is the fastest here)"
+    parts = []
+    for threads, day in tuned["days"].items():
+        changes = [change for change in tuned["changes"] if str(change["threads"]) == threads]
+        best = max((change["gain"] for change in changes), default=1.0)
+        of = f", up to {best:.2f} times as fast" if changes else ""
+        parts.append(f"{len(changes)} choices for {threads} threads on {day}{of}")
+    return f"{'; '.join(parts)}: {tuned['path']}"

@@ -34,7 +34,7 @@ def progress_bars(quiet: bool, amount: ProgressColumn | None = None) -> Iterator
     columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
     # What a model of the user's prints must not come into the JSON on stdout.
     elsewhere = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    with elsewhere, Progress(*columns, console=err, transient=True, disable=quiet) as bars:
+    with elsewhere, Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(step: str, done: int, total: int | None) -> None:

@@ -7,6 +7,7 @@
 ``library_cache``  the cache folder of libraries, with their checksums
 ``trust``          checks that no other user can write to files and folders
 ``nvidia``         the GPUs that CUDA kernels are built for
+``tuned``          the tuned table: what was measured to be faster here than the defaults
 ``wgmma``          Hopper's kernels, used once ``proof`` has shown that they agree with the others
 ``doctor``         collects what ``int8compile doctor`` prints
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import platform
 import shutil
@@ -13,7 +14,7 @@ import torch
 import int8compile
 from int8compile.config import cache_folder, cpu_isa
 from int8compile.errors import KernelBuildError
-from int8compile.native import builder, libraries, library_cache, loader, providers
+from int8compile.native import builder, libraries, library_cache, loader, providers, tuned
 
 _OPTIONAL = ("transformers", "peft", "accelerate", "triton")
 
@@ -45,6 +46,7 @@ def diagnose() -> dict[str, Any]:
     elif not (ready or folder["writable"]):
         problems.append(f"the cache folder {folder['path']} cannot be written to: set INT8COMPILE_CACHE_DIR to another")
     found["kernels"] = _kernels(libraries["cpu"], problems)
+    found["tuned"] = _tuned()
     found["problems"] = problems
     return found
 
@@ -106,3 +108,19 @@ def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             f"the {', '.join(rejected)} kernels compute wrong numbers on this CPU and are not used: report it"
         )
     return kernels
+
+
+def _tuned() -> dict[str, Any]:
+    """The tuned table in use: when it was measured, for how many threads, and what it changes; or why there is none."""
+    found = tuned.inspect()
+    changes = [
+        {**dataclasses.asdict(choice), "where": dict(choice.where)}
+        for choice in sorted(found.table.choices, key=lambda choice: (choice.threads, choice.tunable, choice.where))
+    ]
+    return {
+        "path": found.path and str(found.path),
+        "days": {str(threads): day for threads, day in found.table.days.items()},
+        "changes": changes,
+        "problem": found.problem,
+        "others": found.others,
+    }

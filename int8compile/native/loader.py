@@ -16,7 +16,7 @@ import torch
 
 from int8compile.config import cpu_isa
 from int8compile.errors import KernelBuildError
-from int8compile.native import wgmma
+from int8compile.native import tuned, wgmma
 from int8compile.native.libraries import Provided, Useless, inspect, provide
 from int8compile.native.notices import warn_once
 
@@ -50,6 +50,7 @@ def _load(name: str, build: bool) -> None:
     if name == "cpu":
         torch.ops.int8compile_native.set_isa(cpu_isa())
         _warn_of_rejected()
+        tuned.apply_to_kernels()
     if name == "cuda":
         _enable_wgmma(library)
 

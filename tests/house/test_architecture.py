@@ -19,7 +19,7 @@ FLOORS = [
     ("weights", "passes", "handoff"),
     ("backend", "modules"),
     ("programs", "explanation", "integrations"),
-    ("checkpoints", "testing"),
+    ("checkpoints", "testing", "tuning"),
     ("cli",),
 ]
 

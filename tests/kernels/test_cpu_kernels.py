@@ -159,6 +159,46 @@ def test_results_do_not_depend_on_threads_or_on_other_rows(isa):
         assert torch.equal(alone, NATIVE["linear"](x, *args, 0.0))
 
 
+@pytest.fixture
+def forced():
+    """Let one kernel multiply."""
+    yield torch.ops.int8compile_native.force_cpu_kernel
+    torch.ops.int8compile_native.force_cpu_kernel("auto")
+
+
+def test_which_kernel_multiplies_changes_no_bit(isa, forced):
+    names = torch.ops.int8compile_native.cpu_kernels().split()
+    for m, n, k in (
+        (1, 1, 1),
+        (3, 17, 63),
+        (5, 33, 64),
+        (16, 100, 577),
+        (131, 69, 531),
+        (200, 50, 1025),
+        (7, 333, 4100),
+    ):
+        x, args = torch.randn(m, k), (codes(n, k, low=-128), torch.rand(n), torch.randn(n))
+        x[:, ::97] *= 20
+        forced("auto")
+        want = NATIVE["linear"](x, *args, 6.0)
+        for name in names:
+            if name == "amx" and k < 64:
+                continue
+            for threads in (1, 3):
+                forced(name)
+                torch.set_num_threads(threads)
+                assert torch.equal(NATIVE["linear"](x, *args, 6.0), want), (name, m, n, k, threads)
+
+
+def test_a_forced_kernel_that_cannot_multiply_is_named(isa, forced):
+    missing = next(name for name in ("widened", "panel") if name not in torch.ops.int8compile_native.cpu_kernels())
+    forced(missing)
+    with pytest.raises(ValueError, match=rf"kernel '{missing}' was asked for, which cannot multiply \[3, 8\].*{isa}"):
+        NATIVE["linear"](torch.randn(3, 8), codes(4, 8), torch.rand(4), None, 0.0)
+    with pytest.raises(ValueError, match="no kernel for CPUs is named 'fastest'"):
+        forced("fastest")
+
+
 def test_quantize_at_the_ends_of_each_dtype(isa):
     for dtype in DTYPES:
         info = torch.finfo(dtype)

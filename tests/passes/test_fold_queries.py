@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from int8compile import cpuinfo, last_report
+from int8compile.native import tuned
 
 attend = functional.scaled_dot_product_attention
 
@@ -164,3 +165,79 @@ def test_what_it_must_leave_alone(function, inputs):
 def test_threads_that_would_have_nothing_to_do(monkeypatch, threads, changes):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert folded(attention, *tensors(heads=2, groups=3))[1] == changes
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Let a form be what was measured to be the fastest."""
+
+    def found(form):
+        asked = []
+        monkeypatch.setattr(tuned, "choice", lambda *name, **keys: asked.append((*name, keys)) or form)
+        return asked
+
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    keys=st.integers(1, 40),
+    dtype=st.sampled_from(list(BOUND)),
+    mask=st.sampled_from(list(MASKS)),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_two_rows_have_the_result_of_float64(batch, heads, keys, dtype, mask, scale):
+    q, k, v = tensors(batch, heads, 1, 1, keys, 8, 20, dtype)
+    made = MASKS[mask](batch, heads, keys)
+    made = made.to(dtype) if made is not None and made.is_floating_point() else made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "choice", lambda *name, **keys: "two rows")
+        out, changes = folded(lambda *args: attend(*args, scale=scale), q, k, v, made)
+    expected = reference(q, k, v, made, scale)
+    assert changes == 1
+    assert out.shape == expected.shape
+    assert (out.double() - expected).abs().max() <= BOUND[dtype] * max(1.0, float(expected.abs().max()))
+
+
+def test_what_was_measured_goes_before_the_default(measured, monkeypatch, tmp_path):
+    asked = measured("folded")
+    monkeypatch.setattr(cpuinfo, "CPUINFO", described(tmp_path, "GenuineIntel"))
+    inputs = tensors(dtype=torch.bfloat16)
+    out, changes = folded(attention, *inputs)
+    assert changes == 1
+    assert (out.double() - reference(*inputs)).abs().max() < 2e-2
+    assert asked == [("fold_queries", {"threads": 1, "dtype": "bfloat16", "heads": 6, "kv_heads": 2})]
+    measured("as it is")
+    assert folded(attention, *tensors())[1] == 0
+
+
+@pytest.mark.parametrize("form", ["two rows", "fastest", "", None])
+def test_a_form_that_grouped_heads_have_not_leaves_the_default(measured, form):
+    measured(form)
+    assert folded(attention, *tensors())[1] == 1
+
+
+def test_a_form_that_heads_without_groups_have_not_leaves_them_alone(measured):
+    measured("folded")
+    inputs = tensors(groups=1)
+    out, changes = folded(attention, *inputs)
+    assert changes == 0
+    assert torch.equal(out, attention(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        pytest.param(attention, tensors(groups=1, queries=2), id="two queries"),
+        pytest.param(lambda q, k, v: attend(q, k, v, is_causal=True), tensors(groups=1), id="causal"),
+        pytest.param(lambda q, k, v: attend(q, k, v, dropout_p=0.5), tensors(groups=1), id="dropout"),
+        pytest.param(_with_gradients, tensors(groups=1), id="gradients"),
+        pytest.param(_reshaped, tensors(groups=1), id="reshaped in place"),
+        pytest.param(lambda q, k, v: attend(q, k[:1], v[:1]), tensors(groups=1), id="one batch for all"),
+    ],
+)
+def test_what_two_rows_must_leave_alone(measured, function, inputs):
+    measured("two rows")
+    assert folded(function, *inputs)[1] == 0
