@@ -2,7 +2,8 @@
 
 Machines are noisy and drift, so each round times all forms one after the other, and what counts is by how much a form
 is faster than the default *in the same round*: the median over the rounds, and the lower quartile, which must not be
-slower. A form takes the default's place only where it is clearly faster.
+slower. A form takes the default's place only where it is clearly faster, and where the rounds agree on it: on a machine
+that computes something else meanwhile they do not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Run = Callable[[int], object]
 
 #: how many times as fast as the default a form has to be
 CLEARLY = 1.03
+#: how far the quartiles of what the rounds say may lie apart
+STEADY = 1.25
 _SAMPLE_SECONDS = 2e-3
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 60
 
@@ -55,7 +58,10 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What to take for all cases with one ``where``, and how many times as fast as the default that is (1: itself)."""
+    """What to take for all cases with one ``where``, and how many times as fast as the default that is (1: itself).
+
+    ``unsteady``: the rounds of some case disagreed, so that it is the default.
+    """
 
     tunable: str
     where: Where
@@ -64,6 +70,7 @@ class Decision:
     choice: str
     gain: float
     seconds: Mapping[str, float]
+    unsteady: bool = False
 
     @property
     def changes(self) -> bool:
@@ -120,15 +127,16 @@ def decide(measured: Sequence[Measured]) -> Decision:
     """What to take for cases with one ``where``: the form with the largest mean gain that is slower in none of them."""
     first = measured[0].case
     choice, gain = first.default, 1.0
+    unsteady = any(high > STEADY * low for m in measured for low, _, high in map(_quartiles, m.gains.values()))
     for name in measured[0].gains:
         if all(name in m.gains and m.case.default == first.default for m in measured):
             quartiles = [_quartiles(m.gains[name]) for m in measured]
             mean = math.exp(statistics.fmean(math.log(middle) for _, middle, _ in quartiles))
-            if mean > max(gain, CLEARLY) and all(low >= 1 for low, _, _ in quartiles):
+            if mean > max(gain, CLEARLY) and all(low >= 1 for low, _, _ in quartiles) and not unsteady:
                 choice, gain = name, mean
     labels, names = tuple(m.case.label for m in measured), measured[0].seconds
     seconds = {name: statistics.fmean(m.seconds[name] for m in measured if name in m.seconds) for name in names}
-    return Decision(first.tunable, first.where, labels, first.default, choice, gain, seconds)
+    return Decision(first.tunable, first.where, labels, first.default, choice, gain, seconds, unsteady)
 
 
 def decide_all(measured: Iterable[Measured]) -> list[Decision]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ class Tuning:
         decisions: one for each computation, most of them for the default.
         left: the labels of cases that there was no time for.
         seconds: that it took.
+        load: how many processes were computing before, on average over a minute; None where that is not known.
         path: of the table that was written; None if none was.
     """
 
@@ -40,6 +42,7 @@ class Tuning:
     decisions: tuple[Decision, ...]
     left: tuple[str, ...]
     seconds: float
+    load: float | None = None
     path: Path | None = None
 
     @property
@@ -118,7 +121,7 @@ def run(
     clock: Clock = time.perf_counter,
 ) -> Tuning:
     """Measure the cases with the threads that torch has now, each for its part of the time that is left."""
-    start = clock()
+    start, load = clock(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     measured: list[Measured] = []
     for done, case in enumerate(cases):
         progress("measure", done, len(cases))
@@ -129,7 +132,7 @@ def run(
     progress("measure", len(measured), len(cases))
     decisions = tuple(decide_all(measured))
     labels = tuple(case.label for case in cases[len(measured) :])
-    return Tuning(torch.get_num_threads(), decisions, labels, clock() - start)
+    return Tuning(torch.get_num_threads(), decisions, labels, clock() - start, load)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def files(tmp_path):
 def test_choices_are_printed_and_kept_and_doctor_tells_of_them(asked, tmp_path):
     result = invoke("--threads", "2")
     text = " ".join(result.stdout.split())
-    assert "fold_queries 6/2 heads folded, 100.0 us as it is, 50.0 us 2.00" in text
+    assert "fold_queries 6/2 heads folded, 100.0 us as it is, 50.0 us 2.00x" in text
     assert "fold_queries: 1 of 1 differ from the defaults (2 threads," in text
     assert f"kept in {files(tmp_path)[0].name}" in text.replace(f"{tmp_path / 'cache'}/", "")
     assert asked == [COMMON]

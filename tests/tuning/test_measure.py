@@ -77,6 +77,12 @@ def test_a_form_that_is_often_slower_is_not_taken_whatever_its_median():
     assert decide([measured(b=[0.9, 0.9, 0.9, 1.5, 1.5, 1.5, 1.5, 1.5])]).choice == "a"
 
 
+def test_where_the_rounds_disagree_the_default_stays():
+    decision = decide([measured(b=[1.0, 1.1, 1.5, 1.6, 3.0, 3.1, 3.2, 3.3])])
+    assert (decision.choice, decision.gain, decision.unsteady) == ("a", 1.0, True)
+    assert not decide([measured(b=[1.3, 1.31, 1.35, 1.4, 9.0])]).unsteady
+
+
 def test_the_best_of_several_is_taken():
     decision = decide([measured(b=[1.2] * 9, c=[1.4] * 9, d=[0.5] * 9)])
     assert (decision.choice, decision.gain) == ("c", pytest.approx(1.4))
