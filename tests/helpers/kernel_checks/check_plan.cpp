@@ -65,6 +65,7 @@ void check_tuned() {
   // The portable provider with a second method, which its table takes for no call.
   static Kernels use = *portable_kernels();
   use.multipliers = use.multipliers.with(Method::panel, use.multipliers[Method::widened]);
+  const Kernels other = use;
   set_tuned(use, "2 16 576 1536 panel\n2 512 576 1536 panel\n1 1 4096 4096 panel");
   const struct {
     int64_t rows, cols, k;
@@ -82,7 +83,7 @@ void check_tuned() {
     const std::string name = planned(use, call.rows, call.cols, call.k, call.threads);
     expect((name == "panel") == call.found, "tuned: ", call.rows, " x ", call.k, " x ", call.cols, " takes ", name);
   }
-  expect(planned(*portable_kernels(), 16, 1536, 576, 2) == "widened", "another provider takes the tuned table");
+  expect(planned(other, 16, 1536, 576, 2) == "widened", "another provider takes the tuned table");
   for (const char* line : {"", "2 16 576 1536", "2 16 576 1536 panel panel", "2 16 576 1536 dot", "2 16 576 1536 best",
                            "0 16 576 1536 panel", "2 16 -576 1536 panel", "2 1e9 576 1536 panel",
                            "2 99999999999999999999 576 1536 panel", "2 16 576 x panel"}) {
