@@ -20,6 +20,7 @@
 INT8COMPILE_TARGET("avx2,fma,f16c")
 
 #include "finish.h"
+#include "float_product.h"
 #include "quantize.h"
 #include "vec_avx2.h"
 #include "widened.h"
@@ -143,6 +144,8 @@ constexpr Kernels kAvx2 = {
     residual_row_of<Avx2Vec>,
     widened_product<Avx2Micro>,
     finish_tile<Avx2Vec>,
+    widen_row<Avx2Vec>,
+    float_product<Avx2Vec>,
 };
 
 }  // namespace

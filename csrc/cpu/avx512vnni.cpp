@@ -14,6 +14,7 @@
 INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 
 #include "finish.h"
+#include "float_product.h"
 #include "panel.h"
 #include "quantize.h"
 #include "scan_avx512.h"
@@ -81,6 +82,8 @@ constexpr Kernels kAvx512Vnni = {
     residual_row_of<Avx512Vec>,
     product,
     finish_tile<Avx512Vec>,
+    widen_row<Avx512Vec>,
+    float_product<Avx512Vec>,
     Vnni<ZmmLanes>::row_sum,
 };
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "finish.h"
+#include "float_product.h"
 #include "kernels.h"
 #include "quantize.h"
 #include "vec_portable.h"
@@ -50,6 +51,8 @@ constexpr Kernels kPortable = {
     residual_row_of<PortableVec>,
     widened_product<PortableMicro>,
     finish_tile<PortableVec>,
+    widen_row<PortableVec>,
+    float_product<PortableVec>,
 };
 
 }  // namespace

@@ -44,7 +44,7 @@ void check_selfcheck() {
   for (const Kernels* use : right) {
     expect(agrees_with_portable(*use), "the self-check rejects ", use->name);
   }
-  static Kernels wrong[5];
+  static Kernels wrong[7];
   static Packing packing = *amx_kernels()->packing;
   for (Kernels& use : wrong) {
     use = *portable_kernels();
@@ -75,6 +75,17 @@ void check_selfcheck() {
   wrong[4] = *amx_kernels();
   wrong[4].name = "packed";
   wrong[4].packing = &packing;
+  wrong[5].name = "widened";
+  wrong[5].widen_row = [](const void* x, Float type, int64_t k, float* to) {
+    portable_kernels()->widen_row(x, type, k, to);
+    to[k - 1] += type == Float::bf16;
+  };
+  wrong[6].name = "floats";
+  wrong[6].float_product = [](const FloatTile& tile) {
+    FloatTile less = tile;
+    less.k -= tile.k > 1000;
+    portable_kernels()->float_product(less);
+  };
   std::vector<Provider> table = {{"absent", nullptr, true}, {"not here", &wrong[0], false}};
   std::string names;
   for (const Kernels& use : wrong) {
