@@ -22,7 +22,7 @@ from int8compile.native.providers import Provider
 from int8compile.passes import PIPELINE, PassContext, run
 from int8compile.passes.analysis.overlaps import later_overlap, written_inputs
 from int8compile.passes.analysis.sites import complete_sites, weight_uses
-from int8compile.report import GraphBreak, GraphReport, Reason, Report
+from int8compile.report import UNMATCHED, GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import unmatched
 from int8compile.torch_internals import dynamo
 from int8compile.weights.invalidation import watch_optimizers
@@ -158,4 +158,4 @@ def announce(report: GraphReport) -> None:
         log.info("int8: %s", whole.summary())
     so_far = session.last_report()
     if so_far is not None and so_far.unmatched and report.graph_break is None:
-        log.warning("int8: llm_int8_skip_modules that name no linear: %s", ", ".join(so_far.unmatched))
+        log.warning("int8: %s: %s", UNMATCHED, ", ".join(so_far.unmatched))

@@ -22,6 +22,9 @@ from int8compile.limits import SMALLEST_THRESHOLD
 PASS_NAMES = ("expand", "group_heads", "fold_queries", "normalize", "quantize", "merge", "share", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
+#: the outlier policy of a linear whose weight alone is int8: every column is one
+WEIGHTS_ONLY = "all"
+ACTIVATIONS = ("int8", "float")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -35,10 +38,15 @@ class Int8Config:
             2**-126. With infinity, infinite values alone are multiplied so.
         llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
             dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
+        llm_int8_weight_only_modules: modules whose weights alone are int8; their activations are not quantised, and the
+            products are summed in fp32. Names as in ``llm_int8_skip_modules``, which wins over this list. It takes
+            output embeddings that it names, too, whatever ``skip_output_embeddings`` says.
         llm_int8_has_fp16_weight: keep the weights as they are, so that they can train, and quantise them at each
             call; outlier features are multiplied with the true weights. Costs memory and time.
         llm_int8_enable_fp32_cpu_offload: accepted for compatibility; a compiled graph runs wherever its
             tensors are, so it changes nothing here.
+        activation: ``"int8"`` quantises activations, which LLM.int8() is about. With ``"float"`` only weights are int8,
+            in every linear: fewer bytes to read, the closest results, and no faster arithmetic for many rows.
         outlier_policy: ``"column"`` is the paper's rule, in which an outlier marks its feature for every row
             of the batch. ``"element"`` takes the outlier elements alone out of the int8 product, so that a row's
             result does not depend on the rows beside it (up to the order of fp32 summation).
@@ -60,8 +68,10 @@ class Int8Config:
 
     llm_int8_threshold: float = 6.0
     llm_int8_skip_modules: tuple[str, ...] = ()
+    llm_int8_weight_only_modules: tuple[str, ...] = ()
     llm_int8_has_fp16_weight: bool = False
     llm_int8_enable_fp32_cpu_offload: bool = False
+    activation: str = "int8"
     outlier_policy: str = "column"
     min_features: int = 128
     skip_output_embeddings: bool = True
@@ -77,6 +87,7 @@ class Int8Config:
 
         put("llm_int8_threshold", _threshold(self.llm_int8_threshold))
         put("llm_int8_skip_modules", _names("llm_int8_skip_modules", self.llm_int8_skip_modules))
+        put("llm_int8_weight_only_modules", _names("llm_int8_weight_only_modules", self.llm_int8_weight_only_modules))
         put("disable_passes", _names("disable_passes", self.disable_passes))
         for name in (
             "llm_int8_has_fp16_weight",
@@ -88,6 +99,10 @@ class Int8Config:
                 raise OptionValueError(name, getattr(self, name), "True or False")
         if isinstance(self.min_features, bool) or not isinstance(self.min_features, int) or self.min_features < 0:
             raise OptionValueError("min_features", self.min_features, "an integer >= 0")
+        _one_of("activation", self.activation, ACTIVATIONS)
+        if self.outlier_policy == WEIGHTS_ONLY:
+            expected = "'column' or 'element'; activation='float' is what leaves all activations as they are"
+            raise OptionValueError("outlier_policy", WEIGHTS_ONLY, expected)
         _one_of("outlier_policy", self.outlier_policy, OUTLIER_POLICIES)
         _one_of("kernels", self.kernels, KERNELS)
         for name in self.disable_passes:
@@ -97,6 +112,10 @@ class Int8Config:
             _one_of("mode", self.mode, MODES)
         if self.release_weights and self.llm_int8_has_fp16_weight:
             raise OptionValueError("release_weights", True, "False, as llm_int8_has_fp16_weight=True keeps the weights")
+        if self.llm_int8_has_fp16_weight and (self.llm_int8_weight_only_modules or self.activation == "float"):
+            name = "activation" if self.activation == "float" else "llm_int8_weight_only_modules"
+            expected = "the default, as llm_int8_has_fp16_weight=True has no int8 weights (llm_int8_skip_modules leaves"
+            raise OptionValueError(name, getattr(self, name), f"{expected} linears in float)")
         if not isinstance(self.inductor, Mapping):
             raise OptionValueError("inductor", self.inductor, "a dict of inductor's own options")
 

@@ -15,6 +15,8 @@ import rich.box
 import rich.console
 import rich.table
 
+UNMATCHED = "llm_int8_skip_modules and llm_int8_weight_only_modules that name no linear"
+
 
 class Reason(enum.Enum):
     """Why a linear was rewritten or left in float. The value says it in words, with the way out where there is one."""
@@ -22,7 +24,10 @@ class Reason(enum.Enum):
     REWRITTEN = "runs in int8"
     PREQUANTIZED = "runs in int8, on int8 weights of its own (Int8Linear)"
     SKIPPED = "named by llm_int8_skip_modules"
-    OUTPUT_EMBEDDING = "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too"
+    OUTPUT_EMBEDDING = (
+        "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too, and "
+        "llm_int8_weight_only_modules=['lm_head'] its weights alone"
+    )
     TOO_SMALL = "fewer features than min_features, where int8 does not pay"
     DTYPE = "not float32, float16 or bfloat16"
     TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
@@ -52,7 +57,7 @@ class Site:
         in_features, out_features: K and N of the weight.
         dtype: of the output, such as ``"bfloat16"``.
         reason: why it was rewritten, or why not.
-        detail: what in particular, such as the pattern that matched.
+        detail: what in particular, such as the pattern that matched; "weights only" where activations stay float.
     """
 
     path: str
@@ -89,7 +94,7 @@ class GraphBreak:
 class GraphReport:
     """One compiled graph; with no ``compile_id``, a whole model that was converted in place.
 
-    ``unmatched``: entries of ``llm_int8_skip_modules`` that name no linear in it.
+    ``unmatched``: entries of ``llm_int8_skip_modules`` and ``llm_int8_weight_only_modules`` that name no linear in it.
     """
 
     compile_id: str
@@ -141,7 +146,7 @@ class Report:
 
     @property
     def unmatched(self) -> list[str]:
-        """Entries of ``llm_int8_skip_modules`` that name no linear in any graph: a typo, most likely."""
+        """Entries of the options' lists of modules that name no linear in any graph: a typo, most likely."""
         graphs = [set(graph.unmatched) for graph in self.graphs]
         return sorted(set.intersection(*graphs)) if graphs else []
 
@@ -218,7 +223,7 @@ class Report:
         if before:
             yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"
         if self.unmatched:
-            yield f"llm_int8_skip_modules that name no linear: {', '.join(self.unmatched)}"
+            yield f"{UNMATCHED}: {', '.join(self.unmatched)}"
         for reason in {site.reason: None for site in self.sites if not site.rewritten}:
             yield f"  {reason.name}: {reason.value}"
 
@@ -266,13 +271,13 @@ def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.Renderab
     table.add_column("dtype", no_wrap=True)
     table.add_column("outcome", overflow="fold")
     for name, middle, outcome in zip(names, cells, outcomes, strict=True):
-        table.add_row(name, *middle, outcome, style=None if outcome == "int8" else "yellow")
+        table.add_row(name, *middle, outcome, style=None if outcome.startswith("int8") else "yellow")
     yield table
 
 
 def _outcome(reason: Reason, detail: str) -> str:
     if reason in (Reason.REWRITTEN, Reason.PREQUANTIZED):
-        return "int8"
+        return "int8, weights only" if "weights only" in detail else "int8"
     return f"float: {reason.name} {detail}".rstrip()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from int8compile.config import Int8Config
+from int8compile.config import WEIGHTS_ONLY, Int8Config
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
 from int8compile.report import Reason, Site
 
@@ -40,7 +40,8 @@ def name_refusal(path: str, is_output_embedding: bool, config: Int8Config) -> tu
     Args:
         is_output_embedding: what is known beside its name, such as a weight shared with an embedding.
     """
-    if config.skip_output_embeddings and (is_output_embedding or path.rsplit(".", 1)[-1] in OUTPUT_EMBEDDINGS):
+    is_output = is_output_embedding or path.rsplit(".", 1)[-1] in OUTPUT_EMBEDDINGS
+    if is_output and config.skip_output_embeddings and weight_only_by(path, config) is None:
         return Reason.OUTPUT_EMBEDDING, ""
     pattern = skipped_by(path, config)
     return None if pattern is None else (Reason.SKIPPED, pattern)
@@ -58,6 +59,23 @@ def skipped_by(path: str, config: Int8Config) -> str | None:
     return next((pattern for pattern in config.llm_int8_skip_modules if names(pattern, path)), None)
 
 
+def weight_only_by(path: str, config: Int8Config) -> str | None:
+    """The pattern of ``llm_int8_weight_only_modules`` that names this module or one above it, or None."""
+    return next((pattern for pattern in config.llm_int8_weight_only_modules if names(pattern, path)), None)
+
+
+def outliers(config: Int8Config, *paths: str) -> tuple[float, str]:
+    """The threshold and the outlier policy of ``int8compile.linear`` for a module, which may stand at several paths."""
+    if config.activation == "float" or any(weight_only_by(path, config) is not None for path in paths):
+        return 0.0, WEIGHTS_ONLY
+    return config.llm_int8_threshold, config.outlier_policy
+
+
+def detail(outlier_policy: str, *others: str) -> str:
+    """What a report says of an int8 linear beside that."""
+    return ", ".join(filter(None, (*others, "weights only" if outlier_policy == WEIGHTS_ONLY else "")))
+
+
 def names(pattern: str, path: str) -> bool:
     """Whether a pattern (a path, a dotted suffix of one, or a shell pattern) names a module or one above it."""
     parts = path.split(".")
@@ -66,5 +84,6 @@ def names(pattern: str, path: str) -> bool:
 
 
 def unmatched(config: Int8Config, sites: Sequence[Site]) -> tuple[str, ...]:
-    """Entries of ``llm_int8_skip_modules`` that name none of these linears: typos, most likely."""
-    return tuple(p for p in config.llm_int8_skip_modules if not any(names(p, site.path) for site in sites))
+    """Entries of the lists of modules that name none of these linears: typos, most likely."""
+    patterns = dict.fromkeys((*config.llm_int8_skip_modules, *config.llm_int8_weight_only_modules))
+    return tuple(p for p in patterns if not any(names(p, site.path) for site in sites))

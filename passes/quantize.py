@@ -2,6 +2,7 @@
 
     aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, threshold, outlier_policy)
     aten.linear(x, aten.t(w), b)   ->  the same; the int8 form is [N, K] in either case
+    aten.linear(x, w, b)           ->  int8compile.linear(x, w_int8, w_scale, b, 0, "all"), if weights alone are int8
     aten.linear(x, w, b)           ->  int8compile.master_linear(x, w, b, ...), if weights are to train
 
 ``w_int8`` and ``w_scale`` are lifted inputs, or rows of such where ``w`` is rows of a parameter. What stays float
@@ -56,7 +57,7 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
             context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
             continue
         weight, weight_scale = _lifted(weight, node, context)
-        args = (x, weight, weight_scale, bias, config.llm_int8_threshold, config.outlier_policy)
+        args = (x, weight, weight_scale, bias, *selection.outliers(config, site.path))
         new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
         context.replace(node, new)
     return changes
@@ -95,6 +96,8 @@ class _Facts:
         root = rows.root if rows else resolve_transposes(weight)[0]
         site = make_site(node, weight, Reason.REWRITTEN)
         reason, detail = self._reason(node, x, root, site.path, site.in_features, site.out_features)
+        if reason is Reason.REWRITTEN:
+            detail = selection.detail(selection.outliers(self.config, site.path)[1], site.detail)
         return dataclasses.replace(site, reason=reason, detail=detail or site.detail)
 
     def _reason(self, node: fx.Node, x: fx.Node, root: fx.Node, path: str, k: int, n: int) -> tuple[Reason, str]:

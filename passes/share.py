@@ -5,7 +5,8 @@
                                                          y1 = int8compile.scaled_mm(c, r, x, o, w1, s1, b1, dtype, ...)
 
 A joined product is one of the linears, if others read its activation too. Not shared: a single reader; readers with x
-changed in place between them; readers in different autocast or gradient regions. (Inductor would not find this: to it
+changed in place between them; readers in different autocast or gradient regions; linears of which the weights alone are
+int8. (Inductor would not find this: to it
 the operators are opaque.)
 """
 
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 from torch import fx
 
+from int8compile.config import WEIGHTS_ONLY
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import quantize_rowwise, scaled_mm
 from int8compile.ops.linear import residual_from
@@ -26,6 +28,7 @@ from int8compile.passes.context import PassContext
 
 def share(graph: fx.Graph, context: PassContext) -> int:
     runs = readers(graph, context, context.effects())
+    runs = [run for run in runs if LinearCall.of(run[0]).outlier_policy != WEIGHTS_ONLY]
     for run in runs:
         _share(context, run)
     return sum(map(len, runs))

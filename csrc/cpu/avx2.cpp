@@ -21,6 +21,7 @@
 INT8COMPILE_TARGET("avx2,fma,f16c")
 
 #include "finish.h"
+#include "float_product.h"
 #include "quantize.h"
 #include "vec_avx2.h"
 #include "widened.h"
@@ -145,6 +146,8 @@ constexpr Kernels kAvx2 = {
     Multipliers().with(Method::widened, {widened_product<Avx2Micro>}),
     avx2_method,
     finish_tile<Avx2Vec>,
+    widen_row<Avx2Vec>,
+    float_product<Avx2Vec>,
 };
 
 }  // namespace

@@ -16,6 +16,7 @@
 INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 
 #include "finish.h"
+#include "float_product.h"
 #include "panel.h"
 #include "quantize.h"
 #include "scan_avx512.h"
@@ -80,6 +81,8 @@ constexpr Kernels kAvx512Vnni = {
     Multipliers().with(Method::dot, {Vnni<ZmmLanes>::product}).with(Method::panel, {Panel<ZmmLanes>::product}),
     avx512vnni_method,
     finish_tile<Avx512Vec>,
+    widen_row<Avx512Vec>,
+    float_product<Avx512Vec>,
     Vnni<ZmmLanes>::row_sum,
 };
 

@@ -78,6 +78,29 @@ constexpr int64_t kTileCols = 96;
 // Columns that `finish` takes at once; kTileCols is a multiple.
 constexpr int64_t kStrip = 16;
 
+// One tile of a product of float rows, of kFloatRows x kTileCols elements at most.
+struct FloatTile {
+  int64_t rows, cols, k;
+  const float* x;  // rows as widen_row makes them
+  int64_t x_stride;
+  Codes weight;  // its first row is the tile's first column
+  const float* weight_scale;
+  const void* bias;  // or null
+  Float bias_type;
+  float* scratch;  // kFloatScratch floats
+  void* out;
+  int64_t out_stride;
+  Float out_type;
+};
+
+// Rows of such a tile at most; floats that a row is padded to multiples of; features that are multiplied at a time, twice
+// as many of few rows.
+constexpr int64_t kFloatRows = 48;
+constexpr int64_t kFloatStep = 16;
+constexpr int64_t kFloatDepth = 1024;
+// For each element of a tile a register of sums, and their sum; the codes of a strip that is not whole.
+constexpr int64_t kFloatScratch = kFloatRows * kTileCols * (kFloatStep + 1) + kStrip * 2 * kFloatDepth / 4;
+
 // Rows that are packed together; parts of a product begin at multiples.
 constexpr int64_t kPackRows = 16;
 
@@ -156,6 +179,13 @@ struct Kernels {
 
   // Scales, the outlier product, bias and the one rounding to the output's dtype.
   void (*finish)(const Tile& tile);
+
+  // to [k, rounded up to a multiple of kFloatStep] = the row x [k] as floats, zeros behind.
+  void (*widen_row)(const void* x, Float type, int64_t k, float* to);
+
+  // A tile of the product of float rows: fp32 sums, scales, bias and the one rounding to the output's dtype. What an
+  // element comes to depends on its row and column alone.
+  void (*float_product)(const FloatTile& tile);
 
   // The sum of a row's k codes, or null where no multiplier has a use for it.
   int32_t (*row_sum)(const int8_t* codes, int64_t k) = nullptr;

@@ -11,6 +11,7 @@
 #include "../ops/checks.h"
 #include "../ops/registry.h"
 #include "product.h"
+#include "weight_only.h"
 
 namespace int8compile {
 namespace {
@@ -56,6 +57,10 @@ Tensor linear(
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());
   const Operands operands(weight, weight_scale, bias, out);
+  if (outlier_policy == "all") {
+    weight_only_linear(activation(values), operands.product);
+    return out;
+  }
   const float residual_from = outlier_policy == "element" ? least : 0.0f;
   quantized_linear(activation(values), least > 0, least, residual_from, operands.product);
   return out;

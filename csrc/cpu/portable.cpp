@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "finish.h"
+#include "float_product.h"
 #include "kernels.h"
 #include "plan.h"
 #include "quantize.h"
@@ -52,6 +53,8 @@ constexpr Kernels kPortable = {
     Multipliers().with(Method::widened, {widened_product<PortableMicro>}),
     portable_method,
     finish_tile<PortableVec>,
+    widen_row<PortableVec>,
+    float_product<PortableVec>,
 };
 
 }  // namespace

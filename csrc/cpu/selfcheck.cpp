@@ -88,6 +88,44 @@ bool same_products(const Kernels& use) {
   return true;
 }
 
+// Floats that are small integers: their products' sums are exact, whatever the order.
+std::vector<float> float_product(const Kernels& use, int64_t rows, int64_t cols, int64_t k) {
+  Random random;
+  const int64_t stride = (k + kFloatStep - 1) / kFloatStep * kFloatStep;
+  const std::vector<int8_t> small = random.codes(rows * k), weight = random.codes(cols * k);
+  std::vector<float> x(rows * stride), scratch(kFloatScratch), out(rows * cols), scale(cols, 0.125f);
+  std::vector<float> row(k);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < k; ++c) {
+      row[c] = float(small[i * k + c] / 16);
+    }
+    use.widen_row(row.data(), Float::f32, k, x.data() + i * stride);
+  }
+  use.float_product(
+      {rows, cols, k, x.data(), stride, {weight.data(), k}, scale.data(), scale.data(), Float::f32, scratch.data(),
+       out.data(), cols, Float::f32});
+  return out;
+}
+
+bool same_float_products(const Kernels& use) {
+  constexpr struct {
+    int64_t rows, cols, k;
+  } shapes[] = {{1, 21, 333}, {4, 16, 64}, {7, 40, 130}, {47, 96, 1200}};
+  for (const auto& shape : shapes) {
+    if (float_product(use, shape.rows, shape.cols, shape.k) !=
+        float_product(*portable_kernels(), shape.rows, shape.cols, shape.k)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::vector<float> widened(const Kernels& use, const void* x, Float type, int64_t k) {
+  std::vector<float> made((k + kFloatStep - 1) / kFloatStep * kFloatStep);
+  use.widen_row(x, type, k, made.data());
+  return made;
+}
+
 struct Quantized {
   float scale;
   std::vector<int8_t> codes;
@@ -138,7 +176,8 @@ bool same_rows(const Kernels& use) {
   const Kernels& portable = *portable_kernels();
   const auto same = [&](Float type, const void* values) {
     return Quantized(use, values, type, k) == Quantized(portable, values, type, k) &&
-        finished(use, type, values, type) == finished(portable, type, values, type);
+        finished(use, type, values, type) == finished(portable, type, values, type) &&
+        widened(use, values, type, k) == widened(portable, values, type, k);
   };
   return same(Float::f32, f32.data()) && same(Float::bf16, bf16.data()) && same(Float::f16, f16.data());
 }
@@ -146,7 +185,7 @@ bool same_rows(const Kernels& use) {
 }  // namespace
 
 bool agrees_with_portable(const Kernels& use) {
-  return same_products(use) && same_rows(use);
+  return same_products(use) && same_float_products(use) && same_rows(use);
 }
 
 }  // namespace int8compile

@@ -15,6 +15,7 @@ namespace {
 
 struct Avx2Vec {
   static constexpr int64_t width = 8;
+  static constexpr int registers = 16;
   __m256 v;
 
   static Avx2Vec all(float value) {
@@ -36,6 +37,11 @@ struct Avx2Vec {
 
   static Avx2Vec load(const int32_t* from) {
     return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+
+  static Avx2Vec load(const int8_t* from) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))};
   }
 
   // Bytes from[0], from[stride], ... as floats.
@@ -86,6 +92,12 @@ struct Avx2Vec {
 
   Avx2Vec plus_product(Avx2Vec a, Avx2Vec b) const {
     return {_mm256_fmadd_ps(a.v, b.v, v)};
+  }
+
+  // to [4] = the sum of the lanes of each.
+  static void store_sums(Avx2Vec a, Avx2Vec b, Avx2Vec c, Avx2Vec d, float* to) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
   }
 
   // The larger magnitude of each; NaN is larger than anything, as its bits are.

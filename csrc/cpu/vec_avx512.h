@@ -15,6 +15,7 @@ namespace {
 
 struct Avx512Vec {
   static constexpr int64_t width = 16;
+  static constexpr int registers = 32;
   __m512 v;
 
   static Avx512Vec all(float value) {
@@ -36,6 +37,11 @@ struct Avx512Vec {
 
   static Avx512Vec load(const int32_t* from) {
     return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))};
+  }
+
+  static Avx512Vec load(const int8_t* from) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))};
   }
 
   // Bytes from[0], from[stride], ... as floats. (A gather would read the three bytes behind each, too.)
@@ -77,6 +83,16 @@ struct Avx512Vec {
 
   Avx512Vec plus_product(Avx512Vec a, Avx512Vec b) const {
     return {_mm512_fmadd_ps(a.v, b.v, v)};
+  }
+
+  // to [4] = the sum of the lanes of each.
+  static void store_sums(Avx512Vec a, Avx512Vec b, Avx512Vec c, Avx512Vec d, float* to) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m512 two = _mm512_add_ps(four, _mm512_shuffle_f32x4(four, four, 0x4e));
+    const __m512 one = _mm512_add_ps(two, _mm512_shuffle_f32x4(two, two, 0xb1));
+    _mm_storeu_ps(to, _mm512_castps512_ps128(one));
   }
 
   // The larger magnitude of each; NaN is larger than anything, as its bits are.

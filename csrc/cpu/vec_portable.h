@@ -73,6 +73,7 @@ inline void from_float(float value, F16& out) {
 
 struct PortableVec {
   static constexpr int64_t width = 8;
+  static constexpr int registers = 8;
   float lane[8];
 
   template <class Make>
@@ -94,6 +95,10 @@ struct PortableVec {
   }
 
   static PortableVec load(const int32_t* from) {
+    return make([=](int i) { return float(from[i]); });
+  }
+
+  static PortableVec load(const int8_t* from) {
     return make([=](int i) { return float(from[i]); });
   }
 
@@ -127,6 +132,16 @@ struct PortableVec {
 
   PortableVec plus_product(const PortableVec& a, const PortableVec& b) const {
     return make([&](int i) { return lane[i] + a.lane[i] * b.lane[i]; });
+  }
+
+  // to [4] = the sum of the lanes of each.
+  static void store_sums(
+      const PortableVec& a, const PortableVec& b, const PortableVec& c, const PortableVec& d, float* to) {
+    const PortableVec* each[4] = {&a, &b, &c, &d};
+    for (int i = 0; i < 4; ++i) {
+      const float* v = each[i]->lane;
+      to[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    }
   }
 
   // The larger magnitude of each; NaN is larger than anything, as its bits are.

@@ -88,8 +88,8 @@ inline float checked_residual_from(const char* op, double residual_from) {
 
 inline void check_outlier_policy(const char* op, c10::string_view outlier_policy) {
   INT8COMPILE_CHECK(
-      outlier_policy == "column" || outlier_policy == "element", op, "outlier_policy='", outlier_policy,
-      "'; expected 'column' or 'element'");
+      outlier_policy == "column" || outlier_policy == "element" || outlier_policy == "all", op, "outlier_policy='",
+      outlier_policy, "'; expected 'column', 'element' or 'all'");
 }
 
 inline void check_weight(

@@ -35,7 +35,7 @@ from int8compile.integrations.transformers.saving import quantization_config
 from int8compile.modules.inplace import find_linears
 from int8compile.modules.int8_linear import is_conv1d
 from int8compile.report import Reason, Site
-from int8compile.selection import unmatched
+from int8compile.selection import unmatched, weight_only_by
 from int8compile.weights.formats import FORMATS, entries, mark
 from int8compile.weights.int8_weight import Int8Weight
 
@@ -154,7 +154,16 @@ class _Plan:
             raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
         self.dtype = model.config.dtype
         core = config.to_core()
-        found = find_linears(model, core, refused=refused_linears(model, self.dtype, format))
+        refused = refused_linears(model, self.dtype, format)
+        if format != "int8compile" and core.activation == "float":
+            raise OptionValueError("format", format, "'int8compile': the others quantise activations")
+        if format != "int8compile":
+            refused |= {
+                path: (Reason.SKIPPED, f"float to {format}")
+                for path, _ in model.named_modules(remove_duplicate=False)
+                if weight_only_by(path, core) is not None
+            }
+        found = find_linears(model, core, refused=refused)
         if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
             raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
         self.sites = [f.site for f in found]

@@ -31,6 +31,15 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Model = Annotated[
+    str, typer.Argument(help="A transformers folder or hub name, or module:function that returns (model, args).")
+]
+Threshold = Annotated[float, typer.Option(help="llm_int8_threshold")]
+Skip = Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")]
+WeightOnly = Annotated[list[str] | None, typer.Option(help="llm_int8_weight_only_modules; can be repeated.")]
+Activation = Annotated[str, typer.Option(help="int8, or float, which leaves all activations as they are")]
+MinFeatures = Annotated[int, typer.Option(help="Smaller linears stay in float.")]
+Kernels = Annotated[str, typer.Option(help="auto, native or reference")]
 
 
 @app.callback()
@@ -87,9 +96,11 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="int8compile, bitsandbytes, or compressed-tensors (for vLLM and SGLang).")
     ] = "int8compile",
-    threshold: Annotated[float, typer.Option(help="llm_int8_threshold")] = 6.0,
-    skip: Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")] = None,
-    min_features: Annotated[int, typer.Option(help="Smaller linears stay in float.")] = 128,
+    threshold: Threshold = 6.0,
+    skip: Skip = None,
+    weight_only: WeightOnly = None,
+    activation: Activation = "int8",
+    min_features: MinFeatures = 128,
     verify: Annotated[bool, typer.Option("--verify", help="Compare both models' outputs afterwards.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -107,14 +118,15 @@ def quantize(
             raise Int8CompileError(
                 f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
             ) from error
-        config = Int8Config(llm_int8_threshold=threshold, llm_int8_skip_modules=skip, min_features=min_features)
+        config = Int8Config(**_options(threshold, skip, weight_only, activation, min_features))
         if verify:
             comparison.check_comparable(source, format)
         with progress_bars(as_json, DownloadColumn()) as progress:
             done = convert.quantize_folder(source, target, config, format, progress)
         compared = comparison.compare(source, target, format) if verify else None
     if done.unmatched:
-        err.print(f"--skip that names no linear: {', '.join(done.unmatched)}", markup=False, highlight=False)
+        names = ", ".join(done.unmatched)
+        err.print(f"--skip or --weight-only that names no linear: {names}", markup=False, highlight=False)
     result: dict[str, Any] = {
         "linears": len(done.sites),
         "int8": sum(site.rewritten for site in done.sites),
@@ -134,20 +146,13 @@ def quantize(
         out.print(f"outputs for random inputs: relative error {compared.error:.3g}, {agreement}", highlight=False)
 
 
-Model = Annotated[
-    str, typer.Argument(help="A transformers folder or hub name, or module:function that returns (model, args).")
-]
-Threshold = Annotated[float, typer.Option(help="llm_int8_threshold")]
-Skip = Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can be repeated.")]
-MinFeatures = Annotated[int, typer.Option(help="Smaller linears stay in float.")]
-Kernels = Annotated[str, typer.Option(help="auto, native or reference")]
-
-
 @app.command()
 def explain(
     model: Model,
     threshold: Threshold = 6.0,
     skip: Skip = None,
+    weight_only: WeightOnly = None,
+    activation: Activation = "int8",
     min_features: MinFeatures = 128,
     as_json: AsJson = False,
 ) -> None:
@@ -166,9 +171,8 @@ def explain(
         progress(f"load {model}", 1, 1)
         progress("trace the model", 0, None)
         with torch.no_grad():
-            report = explain_model(
-                found.model, *found.args, options=_options(threshold, skip, min_features), **found.kwargs
-            )
+            options = _options(threshold, skip, weight_only, activation, min_features)
+            report = explain_model(found.model, *found.args, options=options, **found.kwargs)
     print_json(report.to_dict()) if as_json else out.print(report)
 
 
@@ -178,6 +182,8 @@ def export(
     target: Annotated[Path, typer.Argument(help="The program to write, NAME.pt2.")],
     threshold: Threshold = 6.0,
     skip: Skip = None,
+    weight_only: WeightOnly = None,
+    activation: Activation = "int8",
     min_features: MinFeatures = 128,
     as_json: AsJson = False,
 ) -> None:
@@ -195,7 +201,8 @@ def export(
 
         found = find(model)
         progress(f"load {model}", 1, 1)
-        program = export_model(*found, config=_options(threshold, skip, min_features), progress=progress)
+        options = _options(threshold, skip, weight_only, activation, min_features)
+        program = export_model(*found, config=options, progress=progress)
         progress(f"write {target}", 0, None)
         save(program, target)
         report = last_report()
@@ -296,8 +303,16 @@ def tune(
         print_json(tuning.to_dict()) if as_json else print_tuning(tuning)
 
 
-def _options(threshold: float, skip: list[str] | None, min_features: int) -> dict[str, Any]:
-    return {"llm_int8_threshold": threshold, "llm_int8_skip_modules": skip or [], "min_features": min_features}
+def _options(
+    threshold: float, skip: list[str] | None, weight_only: list[str] | None, activation: str, min_features: int
+) -> dict[str, Any]:
+    return {
+        "llm_int8_threshold": threshold,
+        "llm_int8_skip_modules": skip or [],
+        "llm_int8_weight_only_modules": weight_only or [],
+        "activation": activation,
+        "min_features": min_features,
+    }
 
 
 def main() -> None:

@@ -146,8 +146,11 @@ def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
     """Replace linears on the meta device by empty ``Int8Linear``, to be filled from a checkpoint."""
     for linear in found:
         if linear.site.reason is Reason.REWRITTEN:
-            kind = Int8MasterLinear if config.llm_int8_has_fp16_weight else Int8Linear
-            _replace(model, linear.paths, linear.module, kind.from_float(linear.module, config))
+            if config.llm_int8_has_fp16_weight:
+                new: nn.Module = Int8MasterLinear.from_float(linear.module, config)
+            else:
+                new = Int8Linear.from_float(linear.module, config, paths=linear.paths)
+            _replace(model, linear.paths, linear.module, new)
 
 
 def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
@@ -166,7 +169,7 @@ def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> Non
             int8_weight = Int8Weight.quantize(module.weight, is_conv1d(module))
             if readers[key] > 1:
                 shared[key] = int8_weight
-        _replace(model, paths, module, Int8Linear.from_float(module, config, int8_weight=int8_weight))
+        _replace(model, paths, module, Int8Linear.from_float(module, config, paths=paths, int8_weight=int8_weight))
 
 
 class _Facts:
@@ -184,11 +187,14 @@ class _Facts:
         assert isinstance(weight, torch.Tensor)
         n, k = matrix_shape(module)
         if isinstance(module, Int8Linear):
-            reason, detail, dtype = Reason.PREQUANTIZED, "", module.float_dtype
+            detail = selection.detail(module.outlier_policy)
+            reason, dtype = Reason.PREQUANTIZED, module.float_dtype
         elif isinstance(module, Int8MasterLinear) and self.config.llm_int8_has_fp16_weight:
             reason, detail, dtype = Reason.PREQUANTIZED, "16-bit weight", weight.dtype
         else:
             (reason, detail), dtype = self._reason(module, weight, paths, k, n), weight.dtype
+            if reason is Reason.REWRITTEN:
+                detail = selection.detail(selection.outliers(self.config, *paths)[1])
         return Site(paths[0], k, n, str(dtype).removeprefix("torch."), reason, detail)
 
     def _reason(
@@ -291,8 +297,12 @@ def _refused_by_transformers(model: nn.Module, config: Int8Config) -> dict[str, 
     """What from_pretrained leaves in float for transformers' sake; a tied output embedding is taken on request."""
     integration = _transformers_integration(model)
     refused = integration.refused_linears(model, model.dtype) if integration is not None else {}
-    tied = Reason.OUTPUT_EMBEDDING
-    return {path: why for path, why in refused.items() if config.skip_output_embeddings or why[0] is not tied}
+
+    def heeded(path: str, reason: Reason) -> bool:
+        by_name = selection.weight_only_by(path, config) is not None
+        return reason is not Reason.OUTPUT_EMBEDDING or (config.skip_output_embeddings and not by_name)
+
+    return {path: why for path, why in refused.items() if heeded(path, why[0])}
 
 
 def _provider(model: nn.Module, config: Int8Config) -> str:

@@ -8,14 +8,17 @@ quantised activation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from int8compile.config import Int8Config
+from int8compile.config import OUTLIER_POLICIES, WEIGHTS_ONLY, Int8Config
+from int8compile.errors import OptionValueError
 from int8compile.native import providers
 from int8compile.ops import linear, master_linear
+from int8compile.selection import outliers
 from int8compile.weights.formats import SERIALIZED, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
 
@@ -29,7 +32,8 @@ class Int8Linear(nn.Module):
         in_features, out_features: K and N.
         bias: whether there is one.
         threshold: magnitude from which an activation's features are multiplied in its own dtype; 0: none are.
-        outlier_policy: ``"column"`` (the paper's rule) or ``"element"``; see ``Int8Config``.
+        outlier_policy: ``"column"`` (the paper's rule) or ``"element"``; see ``Int8Config``. With ``"all"`` the
+            activation is not quantised, and ``threshold`` is of no account.
         kernels: ``"auto"``, ``"native"`` or ``"reference"``; see ``Int8Config``. Native kernels are loaded (and built)
             at the first call.
         dtype: of the bias, and what ``dequantize()`` gives unless told otherwise. Activations bring their own.
@@ -59,7 +63,10 @@ class Int8Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        config = Int8Config(llm_int8_threshold=threshold, outlier_policy=outlier_policy, kernels=kernels)
+        config = Int8Config(llm_int8_threshold=threshold, kernels=kernels)
+        policies = (*OUTLIER_POLICIES, WEIGHTS_ONLY)
+        if outlier_policy not in policies:
+            raise OptionValueError("outlier_policy", outlier_policy, "one of " + ", ".join(map(repr, policies)))
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
         self.float_dtype = dtype or torch.get_default_dtype()
@@ -72,23 +79,30 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, config: Int8Config | None = None, *, int8_weight: Int8Weight | None = None
+        cls,
+        module: nn.Module,
+        config: Int8Config | None = None,
+        *,
+        paths: Sequence[str] = ("",),
+        int8_weight: Int8Weight | None = None,
     ) -> Any:
         """The int8 form of an ``nn.Linear`` or of a GPT-2 ``Conv1D``, with the same bias Parameter.
 
         Args:
+            paths: where the module stands in its model, for ``llm_int8_weight_only_modules``.
             int8_weight: the int8 form of its weight, if it is at hand.
         """
         config = config or Int8Config()
         weight, transposed = module.weight, is_conv1d(module)
         assert isinstance(weight, torch.Tensor)
         n, k = weight.shape[::-1] if transposed else weight.shape
+        threshold, outlier_policy = outliers(config, *paths)
         self = cls(
             k,
             n,
             bias=False,
-            threshold=config.llm_int8_threshold,
-            outlier_policy=config.outlier_policy,
+            threshold=threshold,
+            outlier_policy=outlier_policy,
             kernels=config.kernels,
             device="meta",
             dtype=weight.dtype,

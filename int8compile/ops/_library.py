@@ -114,8 +114,8 @@ def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None
 
 
 def check_outlier_policy(op: str, outlier_policy: str) -> None:
-    known = outlier_policy in ("column", "element")
-    check(known, op, f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'")
+    known = outlier_policy in ("column", "element", "all")
+    check(known, op, f"outlier_policy={outlier_policy!r}; expected 'column', 'element' or 'all'")
 
 
 def check_weight(

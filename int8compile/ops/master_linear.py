@@ -49,6 +49,12 @@ def _check(
     check(bias is None or tuple(bias.shape) == (n,), "master_linear", f"bias is not [{n}]")
     check_threshold("master_linear", "threshold", threshold, "no outliers")
     check_outlier_policy("master_linear", outlier_policy)
+    check(
+        outlier_policy != "all",
+        "master_linear",
+        "outlier_policy='all'; expected 'column' or 'element': without a quantised activation this is a float linear "
+        "(torch.nn.functional.linear)",
+    )
 
 
 def _fake(

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from int8compile import selection
 from int8compile.graph.capture import Capture, is_constant, site_path
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
@@ -39,8 +40,9 @@ def make_site(node: fx.Node, weight: fx.Node, reason: Reason, detail: str = "", 
 
 def prequantized_site(node: fx.Node) -> Site:
     """The site of an ``int8compile.linear`` or ``master_linear`` that the user's model calls itself."""
-    detail = "16-bit weight" if node.target is master_linear else ""
-    return make_site(node, arguments(node)["weight"], Reason.PREQUANTIZED, detail)
+    given = arguments(node)
+    detail = "16-bit weight" if node.target is master_linear else selection.detail(given["outlier_policy"])
+    return make_site(node, given["weight"], Reason.PREQUANTIZED, detail)
 
 
 def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:

@@ -68,6 +68,29 @@ def test_every_format_is_what_save_pretrained_writes(tmp_path, dtype, format):
     assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("format", ["int8compile", "bitsandbytes", "compressed-tensors"])
+def test_weights_only(tmp_path, format):
+    """Float in formats that quantise every activation; in our own with the options that say so."""
+    folder, family, inputs = float_folder(tmp_path)
+    config = Int8Config(min_features=0, llm_int8_weight_only_modules=["lm_head", "up_proj"])
+    done = quantize_folder(folder, tmp_path / "int8", config, format)
+    details = {site.path.rpartition(".")[2]: (site.rewritten, site.detail) for site in done.sites}
+    ours = format == "int8compile"
+    assert details["up_proj"] == ((True, "weights only") if ours else (False, f"float to {format}"))
+    assert details["down_proj"] == (True, "")
+    written = entries_of(tmp_path / "int8")["model.layers.0.mlp.up_proj.weight"]
+    assert written.dtype == (torch.int8 if ours else torch.float32)
+    if ours:
+        loaded = family.from_pretrained(folder, quantization_config=config)
+        again = family.from_pretrained(tmp_path / "int8")
+        assert again.model.layers[0].mlp.up_proj.outlier_policy == again.lm_head.outlier_policy == "all"
+        with torch.no_grad():
+            assert torch.equal(output(again(**inputs)), output(loaded(**inputs)))
+    else:
+        with pytest.raises(OptionValueError, match="expected 'int8compile': the others quantise activations"):
+            quantize_folder(folder, tmp_path / "none", Int8Config(activation="float"), format)
+
+
 def test_a_killed_run_leaves_nothing_that_loads_and_is_resumed(tmp_path, monkeypatch):
     folder, family, _ = float_folder(tmp_path, max_shard_size="40KB")
     real, written = os.replace, []
@@ -233,4 +256,7 @@ def test_a_skip_that_names_nothing_is_told(tmp_path):
     folder, _, _ = float_folder(tmp_path)
     result = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "int8"), "--skip", "oo_proj"])
     assert result.exit_code == 0, result.output
+    assert "names no linear: oo_proj" in result.stderr
+    target = str(tmp_path / "again")
+    result = CliRunner().invoke(app, ["quantize", str(folder), target, "--weight-only", "oo_proj"])
     assert "names no linear: oo_proj" in result.stderr

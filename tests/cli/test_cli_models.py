@@ -56,6 +56,19 @@ def run(*arguments: str, code: int = 0):
     return result
 
 
+def test_weights_only(folder):
+    for options, want in (
+        (["--activation", "float"], ["weights only", "weights only"]),
+        (["--weight-only", "2"], ["", "weights only"]),
+    ):
+        command = ["models_of_mine:tiny", "--min-features", "0", "--json", *options]
+        for made in (["explain", *command], ["export", command[0], f"{len(options[1])}.pt2", *command[1:]]):
+            report = json.loads(run(*made).stdout)
+            report = report.get("report", report)
+            assert [site["detail"] for site in report["sites"]] == want, made
+    assert "activation='int4'" in run("explain", "models_of_mine:tiny", "--activation", "int4", code=1).stderr
+
+
 def test_a_function_of_ones_own(folder):
     explained = json.loads(run("explain", "models_of_mine:tiny", "--min-features", "0", "--json").stdout)
     assert [(site["path"], site["reason"]) for site in explained["sites"]] == [("0", "REWRITTEN"), ("2", "REWRITTEN")]

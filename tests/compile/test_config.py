@@ -28,7 +28,7 @@ def test_skip_modules_as_any_collection(modules):
 def test_unknown_option_suggests_the_nearest():
     with pytest.raises(OptionNameError, match=r"unknown option 'threshold'. Did you mean 'llm_int8_threshold'\?"):
         Int8Config.make({"threshold": 6.0})
-    with pytest.raises(OptionNameError, match=r"unknown option 'zzz'\. Known options: disable_passes, "):
+    with pytest.raises(OptionNameError, match=r"unknown option 'zzz'\. Known options: activation, disable_passes, "):
         Int8Config.make({"zzz": 1})
     with pytest.raises(OptionNameError, match=r"Inductor's own go into options=\{'inductor': \{\.\.\.\}\}"):
         Int8Config.make({"max_autotune": True})
@@ -48,6 +48,17 @@ def test_unknown_option_suggests_the_nearest():
         ({"min_features": -1}, "min_features=-1: expected an integer >= 0"),
         ({"min_features": 1.5}, "min_features=1.5"),
         ({"outlier_policy": "row"}, "expected one of 'column', 'element'"),
+        (
+            {"outlier_policy": "all"},
+            "expected 'column' or 'element'; activation='float' is what leaves all activations",
+        ),
+        ({"activation": "int16"}, "activation='int16': expected one of 'int8', 'float'"),
+        ({"llm_int8_weight_only_modules": "lm_head"}, r"expected a list of strings, such as \['lm_head'\]"),
+        (
+            {"llm_int8_weight_only_modules": ["lm_head"], "llm_int8_has_fp16_weight": True},
+            r"llm_int8_weight_only_modules=\('lm_head',\): expected the default, as llm_int8_has_fp16_weight=True",
+        ),
+        ({"activation": "float", "llm_int8_has_fp16_weight": True}, "activation='float': expected the default, as"),
         ({"kernels": "fast"}, "expected one of 'auto', 'native', 'reference'"),
         (
             {"disable_passes": ["merg"]},
@@ -104,4 +115,8 @@ def test_fingerprint_tells_options_apart():
         Int8Config.make(options).fingerprint()
         for options in (None, {"llm_int8_threshold": 5}, {"min_features": 0}, {"outlier_policy": "element"})
     }
-    assert len(texts) == 4
+    texts |= {
+        Int8Config(activation="float").fingerprint(),
+        Int8Config(llm_int8_weight_only_modules=("a",)).fingerprint(),
+    }
+    assert len(texts) == 6

@@ -163,7 +163,7 @@ def test_skip_patterns_that_name_nothing_are_told(caplog):
         assert "name no linear: layer.2, zzz" in str(report)
     with torch.no_grad():
         compile_eager(Stack(), llm_int8_skip_modules=["zzz"])(X)
-    assert "llm_int8_skip_modules that name no linear: zzz" in caplog.text
+    assert "llm_int8_weight_only_modules that name no linear: zzz" in caplog.text
 
 
 def shown(report: Report, width: int, **options) -> list[str]:

@@ -69,8 +69,8 @@ def linear(
 ) -> torch.Tensor:
     """LLM.int8() of x [..., K] with an int8 weight [N, K]: float64 [..., N].
 
-    Outlier columns (policy "column") or elements ("element") are multiplied as they are with the dequantised weight;
-    everything else goes through its int8 code.
+    Outlier columns (policy "column"), elements ("element") or all there is ("all") are multiplied as they are with the
+    dequantised weight; everything else goes through its int8 code.
 
     Args:
         rows: x in int8, where it shall not be computed here.
@@ -78,7 +78,9 @@ def linear(
     """
     flat = x.detach().double().reshape(math.prod(x.shape[:-1]), x.shape[-1])
     q, row_scale, columns = row_codes(flat, threshold) if rows is None else rows
-    exact = columns.expand(flat.shape) if policy == "column" else columns & (flat.abs() >= threshold)
+    if policy == "all":
+        columns = torch.ones_like(columns)
+    exact = columns.expand(flat.shape) if policy in ("column", "all") else columns & (flat.abs() >= threshold)
     dequantized = codes.double() * scale.double()[:, None]
     weight = dequantized if true_weight is None else true_weight.detach().double()
     covered = torch.where(exact, 0.0, q.double() * row_scale.double()[:, None])

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 import int8compile
 from int8compile import Int8Linear, Reason, quantize_
 from int8compile.errors import OptionNameError, OptionValueError
-from int8compile.integrations.transformers import Int8Config
+from int8compile.integrations.transformers import Int8Config, save_pretrained
 
 SMALL = {"min_features": 0}
 ENTRIES = {entry.name: entry for entry in ZOO}
@@ -148,6 +148,42 @@ def test_options_reach_the_modules_and_the_folder(tmp_path):
         assert (layer.mlp.up_proj.threshold, layer.mlp.up_proj.outlier_policy) == (4.0, "element")
         assert type(layer.self_attn.o_proj) is nn.Linear
     assert torch.equal(result(again, inputs), result(loaded, inputs))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_embedding_with_int8_weights(tmp_path, tied):
+    """From a float checkpoint, from the int8 one that is saved then, and in place; a tied one is an int8 copy."""
+    model, inputs = float_model("Llama", tied=tied)
+    model.save_pretrained(tmp_path / "float")
+    options = {**SMALL, "llm_int8_weight_only_modules": ["lm_head"]}
+    loaded = load(model, tmp_path / "float", quantization_config=Int8Config(**options))
+    loaded.save_pretrained(tmp_path / "int8")
+    again, info = load(model, tmp_path / "int8", output_loading_info=True)
+    assert not any(info.values())
+    embedding = model.model.embed_tokens.weight.clone()
+    quantize_(model, options)
+    for each in (loaded, again, model):
+        assert isinstance(each.lm_head, Int8Linear)
+        assert (each.lm_head.outlier_policy, each.model.layers[0].mlp.up_proj.outlier_policy) == ("all", "column")
+        assert torch.equal(each.model.embed_tokens.weight, embedding)
+        assert torch.equal(result(each, inputs), result(model, inputs))
+        sites = {site.path: site for site in each.hf_quantizer.report.sites}
+        assert (sites["lm_head"].reason, sites["lm_head"].detail) == (Reason.PREQUANTIZED, "weights only")
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
+def test_formats_that_quantise_every_activation_get_such_linears_in_float(tmp_path, format, caplog):
+    loaded, _ = int8_model(tmp_path, llm_int8_weight_only_modules=["lm_head", "up_proj"])
+    caplog.set_level(logging.WARNING, logger="int8compile")
+    save_pretrained(loaded, tmp_path / "other", format=format)
+    assert f"written in float, which they are to {format}: lm_head, model.layers.*.mlp.up_proj" in caplog.text
+    written = load_file(tmp_path / "other" / "model.safetensors")
+    up = loaded.model.layers[0].mlp.up_proj
+    assert torch.equal(written["model.layers.0.mlp.up_proj.weight"], up.dequantize())
+    assert written["model.layers.0.mlp.down_proj.weight"].dtype == torch.int8
+    everything, _ = int8_model(tmp_path / "all", activation="float")
+    with pytest.raises(OptionValueError, match=f"to {format} .* are float, all there are"):
+        save_pretrained(everything, tmp_path / "none", format=format)
 
 
 def test_a_base_model_and_a_new_head_of_the_same_checkpoint(tmp_path):

@@ -199,6 +199,26 @@ def test_a_forced_kernel_that_cannot_multiply_is_named(isa, forced):
         forced("fastest")
 
 
+def test_weights_alone_in_int8(isa):
+    """Within fp32's roundings of float64, and to the bit the same for a row alone, in any batch, by any threads."""
+    for (m, n, k), dtype in itertools.product(
+        [(1, 300, 576), (2, 17, 1040), (7, 130, 33), (50, 97, 2064), (101, 16, 1), (5, 33, 6160)], DTYPES
+    ):
+        x, weight, scale, bias = torch.randn(m, k).to(dtype), codes(n, k, low=-128), torch.rand(n), torch.randn(n)
+        outs = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            outs.append(NATIVE["linear"](x, weight, scale, bias, 0.0, "all"))
+        assert all(torch.equal(outs[0], out) for out in outs)
+        for size in (1, 3, 13):
+            parts = [NATIVE["linear"](part, weight, scale, bias, 0.0, "all") for part in x.split(size)]
+            assert torch.equal(torch.cat(parts), outs[0])
+        want = x.double() @ weight.double().t() * scale.double() + bias.double()
+        terms = x.double().abs() @ weight.double().abs().t() * scale.double() + bias.double().abs()
+        error = (outs[0].double() - want).abs()
+        assert (error <= want.abs() * torch.finfo(dtype).eps + terms * k**0.5 * 2.0**-22).all(), (m, n, k, dtype)
+
+
 def test_quantize_at_the_ends_of_each_dtype(isa):
     for dtype in DTYPES:
         info = torch.finfo(dtype)
@@ -240,6 +260,8 @@ def test_layouts(isa):
     for weight in (wide[3:15, 7:47], wide[:12, :80:2], wide[:24:2, 60:]):
         want, got = (ops["linear"](x, weight, scale, None, 0.0) for ops in (REFERENCE, NATIVE))
         assert torch.equal(want, got)
+        want, got = (ops["linear"](x, weight, scale, None, 0.0, "all") for ops in (REFERENCE, NATIVE))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
     assert NATIVE["linear"](x[0, 0], wide[:12, :40], scale, None, 2.0).shape == (12,)
     assert torch.equal(x, keep)
 

@@ -109,6 +109,17 @@ def test_products_match_the_reference(emulator, force, kernel, m, n, k, outliers
         assert_close(got, want, x, weight, scale)
 
 
+def test_weights_alone_in_int8(emulator):
+    for i, (m, n, k) in enumerate(((1, 20, 64), (7, 33, 37), (70, 5, 528), (0, 5, 16), (3, 4, 0))):
+        x, weight, scale, bias = problem(m, n, k, DTYPES[i % 3], min(k, 2))
+        for offset in (bias, None):
+            got = emulator.call("linear", x, weight, scale, offset, 6.0, "all")
+            assert (got.shape, got.dtype) == ((m, n), x.dtype)
+            double = x.double() @ (weight.double() * scale.double()[:, None]).t()
+            double = double if offset is None else double + offset.double()
+            assert torch.allclose(got.double(), double, rtol=torch.finfo(x.dtype).eps, atol=1e-4)
+
+
 @pytest.mark.parametrize("kernel", ["skinny", "t16x64", "t64x64", "unaligned"])
 def test_shared_activations_in_every_dtype(emulator, force, kernel):
     x, weight, scale, bias = problem(6, 40, 192, torch.bfloat16, 5)
@@ -207,7 +218,7 @@ def test_bad_arguments_are_named(emulator):
         ((x, weight, scale[:6], None, 6.0), r"weight_scale is Float \[6\] on cpu; expected Float \[7\] on cpu"),
         ((x, weight, scale, torch.ones(6), 6.0), r"bias is \[6\] on cpu; expected \[7\]"),
         ((x, weight, scale, None, -1.0), "threshold=-1; expected 0"),
-        ((x, weight, scale, None, 6.0, "row"), "outlier_policy='row'; expected 'column' or 'element'"),
+        ((x, weight, scale, None, 6.0, "row"), "outlier_policy='row'; expected 'column', 'element' or 'all'"),
     ):
         with pytest.raises(ValueError, match=message):
             emulator.call("linear", *args)

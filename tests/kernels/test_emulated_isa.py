@@ -15,7 +15,18 @@ from kernel_programs import Mistake, Recipe, link, run
 #: The rest of csrc/cpu needs torch, or AVX2. What is not on trial here is compiled plain.
 EMULATED = Recipe(
     flags=("-Og", "-DINT8COMPILE_EMULATED_ISA", f"-I{HELPERS / 'emulated_isa'}"),
-    names=("amx", "avx512vnni", "avxvnni", "plan", "product", "portable", "providers", "selfcheck", "cpu_features"),
+    names=(
+        "amx",
+        "avx512vnni",
+        "avxvnni",
+        "plan",
+        "product",
+        "weight_only",
+        "portable",
+        "providers",
+        "selfcheck",
+        "cpu_features",
+    ),
     plain=("plan", "portable", "providers", "selfcheck", "cpu_features"),
 )
 

@@ -16,7 +16,8 @@ from int8compile.native import loader
 NATIVE = Recipe(
     flags=("-O1", "-Wno-error"),  # GCC warns of its own <immintrin.h>
     names=(
-        "amx", "avx512vnni", "avxvnni", "avx2", "portable", "plan", "product", "providers", "selfcheck", "cpu_features",
+        "amx", "avx512vnni", "avxvnni", "avx2", "portable", "plan", "product", "weight_only", "providers",
+        "selfcheck", "cpu_features",
     ),
 )  # fmt: skip
 

@@ -113,6 +113,22 @@ def test_a_tied_output_embedding_on_request():
     assert model.embed.weight.dtype == torch.float32
 
 
+def test_weights_only_where_named_output_embeddings_included():
+    model, tokens = Zoo().eval().requires_grad_(False), torch.randint(0, 200, (3, 5))
+    options = {"llm_int8_weight_only_modules": ["tied", "lm_head", "again"], "llm_int8_skip_modules": ["lm_head"]}
+    compile_eager(model, **options)(tokens)
+    backend = {site.path: site.detail for site in int8compile.last_report().sites if site.rewritten}
+    report = quantize_(model, {**ALL, **options})
+    policies = {path: m.outlier_policy for path, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert policies == {"body.0": "all", "body.1": "column", "twin": "column", "small": "column", "tied": "all"}
+    assert type(model.lm_head) is nn.Linear
+    assert model.embed.weight.dtype == torch.float32
+    details = {site.path: site.detail for site in report.sites if site.rewritten}
+    assert details == {path: "weights only" if policy == "all" else "" for path, policy in policies.items()}
+    assert backend["tied"] == "weights only"
+    assert "lm_head" not in backend
+
+
 def test_conv1d_and_back():
     model, x = nn.Sequential(Conv1D(24, 40)), torch.randn(3, 5, 40)
     before = model(x)

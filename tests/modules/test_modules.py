@@ -40,6 +40,23 @@ def test_computes_what_the_operator_does(dtype, bias):
     assert torch.equal(Int8Linear.from_float(linear, config)(x), expected(linear, x, 2.0, "element"))
 
 
+def test_weights_only():
+    linear, x = float_linear(dtype=torch.bfloat16), activation(2, 5, 48, dtype=torch.bfloat16)
+    everywhere = Int8Linear.from_float(linear, int8compile.Int8Config(activation="float"))
+    named = int8compile.Int8Config(llm_int8_weight_only_modules=("fc",))
+    here, elsewhere = (Int8Linear.from_float(linear, named, paths=[path]) for path in ("block.fc", "block.other"))
+    assert [m.outlier_policy for m in (everywhere, here, elsewhere)] == ["all", "all", "column"]
+    for module in (everywhere, here, copy.deepcopy(here), pickle.loads(pickle.dumps(here))):
+        assert torch.equal(module(x), expected(linear, x, 0.0, "all"))
+    assert "outlier_policy='all'" in repr(here)
+    other = Int8Linear(48, 32, outlier_policy="all", dtype=torch.bfloat16)
+    other.load_state_dict(here.state_dict())
+    assert torch.equal(other(x), here(x))
+    x = x.float().requires_grad_()
+    here(x).sum().backward()
+    torch.testing.assert_close(x.grad, here.dequantize(torch.float32).sum(0).expand_as(x), rtol=1e-2, atol=1e-2)
+
+
 def test_a_new_one_is_zero_and_has_the_names_of_a_linear():
     module = Int8Linear(48, 32)
     assert torch.equal(module(activation(5, 48)), torch.zeros(5, 32))

@@ -6,6 +6,7 @@ tensor argument in a layout of its own, expanded ones with strides of 0 included
 * ``quantize_rowwise`` has the reference's bits, whichever the provider;
 * so have ``linear`` and ``scaled_mm`` where no outlier product takes part; where one does, its sum is taken in another
   order, and fp32 roundings of its terms are what may differ;
+* under policy "all" every term may be rounded so, and a row comes out the same alone as among others;
 * the reference is LLM.int8() in float64 (``gold.py``) up to fp32's roundings and that of the output.
 """
 
@@ -179,6 +180,20 @@ def test_linear_is_the_reference(problem):
         assert_close(got, want, terms)
         if not columns.any():
             assert_same_bits(got, want)
+
+
+@given(problem=problems())
+@settings(max_examples=150, deadline=None)
+def test_linear_with_weights_only_is_the_reference(problem):
+    arguments = (*problem.arguments()[:5], "all")
+    want = REFERENCES[linear](*arguments)
+    nothing = torch.zeros(problem.x.shape, dtype=torch.int8), torch.zeros(len(problem.x))
+    terms = Terms.of(*nothing, torch.ones(problem.x.shape[1], dtype=torch.bool), problem, 0.0)
+    for _ in each_provider():
+        got = linear(*arguments)
+        assert_close(got, want, terms)
+        alone = [linear(row, *arguments[1:]) for row in problem.x.split(1)]
+        assert_same_bits(torch.cat(alone) if alone else got, got)
 
 
 @given(

@@ -113,7 +113,7 @@ class TestQuantizeRowwise:
 @pytest.mark.usefixtures("_each_provider")
 class TestLinear:
     @pytest.mark.parametrize(
-        ("dtype", "threshold", "policy"), list(itertools.product(DTYPES, (0.0, 6.0, 1.5), ("column", "element")))
+        ("dtype", "threshold", "policy"), list(itertools.product(DTYPES, (0.0, 6.0, 1.5), ("column", "element", "all")))
     )
     def test_matches_the_gold(self, dtype, threshold, policy):
         x, (codes, scale) = activation(17, 96, dtype, outliers=4), int8_weight(40, 96)
@@ -129,16 +129,17 @@ class TestLinear:
         outliers=st.integers(0, 9),
         dtype=st.sampled_from(DTYPES),
         threshold=st.sampled_from([0.0, 6.0, 2.0]),
+        policy=st.sampled_from(["column", "all"]),
         bias=st.booleans(),
     )
     @settings(max_examples=60, deadline=None)
-    def test_any_shape_matches_the_gold(self, m, n, k, outliers, dtype, threshold, bias):
+    def test_any_shape_matches_the_gold(self, m, n, k, outliers, dtype, threshold, policy, bias):
         x, (codes, scale) = activation(m, k, dtype, outliers, seed=k), int8_weight(n, k)
         offset = torch.randn(n) if bias else None
-        want = gold.linear(x, codes, scale, offset, threshold)
+        want = gold.linear(x, codes, scale, offset, threshold, policy)
         # A value at a tie may take the neighbouring code in fp32: allow one code's worth in one row.
-        slack = 2e-3 * float(want.abs().max())
-        out = linear(x, codes, scale, offset, threshold)
+        slack = 2e-3 * float(want.abs().max()) if policy == "column" else 0.0
+        out = linear(x, codes, scale, offset, threshold, policy)
         assert (out.double() - want).abs().max() <= BOUND[dtype] * want.abs().max() + slack
 
     @pytest.mark.parametrize("shape", [(24,), (1, 24), (5, 24), (2, 3, 24), (2, 3, 4, 24)])
@@ -149,12 +150,13 @@ class TestLinear:
         assert gold.relative_error(out, gold.linear(x, codes, scale, None, 6.0)) < 1e-6
 
     @pytest.mark.parametrize(("m", "n", "k"), [(0, 7, 24), (5, 0, 24), (5, 7, 0), (0, 0, 0)])
+    @pytest.mark.parametrize("policy", ["column", "all"])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_empty(self, m, n, k, dtype):
+    def test_empty(self, m, n, k, dtype, policy):
         x = torch.randn(m, k).to(dtype)
         codes, scale = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n)
         bias = torch.randn(n).to(dtype)
-        out = linear(x, codes, scale, bias, 6.0)
+        out = linear(x, codes, scale, bias, 6.0, policy)
         assert out.shape == (m, n)
         assert out.dtype == dtype
         assert torch.equal(out, bias.expand(m, n))
@@ -171,7 +173,9 @@ class TestLinear:
         assert gold.relative_error(linear(x, codes, scale, None, 6.0), gold.linear(x, codes, scale, None, 6.0)) < 1e-6
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-    @pytest.mark.parametrize(("threshold", "policy"), [(0.0, "column"), (6.0, "column"), (6.0, "element")])
+    @pytest.mark.parametrize(
+        ("threshold", "policy"), [(0.0, "column"), (6.0, "column"), (6.0, "element"), (0.0, "all")]
+    )
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nan_and_inf_stay_in_their_row(self, bad, threshold, policy, dtype):
         x, (codes, scale) = activation(4, 24, dtype, outliers=1), int8_weight(7, 24)
@@ -216,7 +220,7 @@ class TestLinear:
         mate = torch.zeros(1, 64)
         mate[0, ::2] = 20.0
         beside = torch.cat([row, mate])
-        for policy, same in (("column", False), ("element", True)):
+        for policy, same in (("column", False), ("element", True), ("all", True)):
             a, b = (linear(x, codes, scale, None, 6.0, policy)[0] for x in (alone, beside))
             assert torch.equal(a, b) is same
 
@@ -226,6 +230,13 @@ class TestLinear:
         x = {"transposed": base.t(), "strided": base[:, ::2], "expanded": base[:1].expand(5, 24)}[layout]
         codes, scale = int8_weight(7, x.shape[1])
         assert torch.equal(linear(x, codes, scale, None, 6.0), linear(x.contiguous(), codes, scale, None, 6.0))
+
+    def test_the_threshold_does_not_matter_where_nothing_is_quantised(self):
+        x, (codes, scale) = activation(5, 64, outliers=3), int8_weight(9, 64)
+        outs = [linear(x, codes, scale, None, threshold, "all") for threshold in (0.0, 6.0, float("inf"))]
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
+        assert gold.relative_error(outs[0], x.double() @ (codes.double() * scale.double()[:, None]).t()) < 1e-6
 
     def test_weight_too_wide_for_int32_is_refused(self):
         k = MAX_IN_FEATURES + 1
@@ -242,7 +253,7 @@ class TestLinear:
             ({"weight_scale": torch.ones(6)}, r"weight_scale is .*\[6\].*; expected (float32|Float) \[7\]"),
             ({"bias": torch.ones(6)}, r"bias is \[6\].*; expected \[7\]"),
             ({"threshold": -1.0}, r"threshold=-1; expected 0 \(no outliers\) or at least"),
-            ({"outlier_policy": "row"}, "outlier_policy='row'; expected 'column' or 'element'"),
+            ({"outlier_policy": "row"}, "outlier_policy='row'; expected 'column', 'element' or 'all'"),
         ],
     )
     def test_bad_arguments_are_named(self, change, message):
@@ -302,7 +313,12 @@ def test_opcheck(dtype, shape):
     (codes, scale), bias = int8_weight(5, 16), torch.randn(5)
     torch.library.opcheck(quantize_weight, (torch.randn(5, 16).to(dtype),))
     torch.library.opcheck(quantize_rowwise, (x, 6.0))
-    for threshold, policy, offset in ((6.0, "column", bias), (0.0, "column", None), (6.0, "element", None)):
+    for threshold, policy, offset in (
+        (6.0, "column", bias),
+        (0.0, "column", None),
+        (6.0, "element", None),
+        (0.0, "all", bias),
+    ):
         leaf = x.clone().requires_grad_()
         torch.library.opcheck(linear, (leaf, codes, scale, offset, threshold, policy))
     q, row_scale, outliers = quantize_rowwise(x, 6.0)

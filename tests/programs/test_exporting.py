@@ -176,6 +176,18 @@ def test_tied_weights_are_there_once():
     }
 
 
+def test_weights_only(tmp_path):
+    model, x = Block().eval(), torch.randn(3, 16)
+    config = {**EVERYTHING, "llm_int8_weight_only_modules": ["attn.q", "attn.v", "head"]}
+    program = int8compile.export(model, (x,), config=config)
+    policies = [node.args[5] for node in program.graph.nodes if node.target is linear]
+    assert sorted(policies) == ["all", "all", "column", "column", "column"]
+    int8compile.save(program, tmp_path / "block.pt2")
+    with torch.no_grad():
+        want = compile_eager(model, llm_int8_weight_only_modules=["attn.q", "attn.v", "head"])(x)
+        torch.testing.assert_close(int8compile.load(tmp_path / "block.pt2").module()(x), want)
+
+
 def test_stateful_models_keep_their_state():
     """A buffer that a call changes goes on changing, and is no constant for a linear that reads it."""
 

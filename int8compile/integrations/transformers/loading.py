@@ -91,7 +91,7 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         int8_weight = read_int8_weight(found, f"{path}.", shape)
         assert int8_weight is not None
         if not isinstance(module, Int8Linear):
-            model.set_submodule(path, Int8Linear.from_float(module, self.config))
+            model.set_submodule(path, Int8Linear.from_float(module, self.config, paths=(path,)))
         untie_(model, path)
         self.loaded.add(path)
         return _tensors(path, int8_weight)

@@ -33,10 +33,16 @@ from int8compile import config as core
 from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.integrations.transformers import bitsandbytes
 from int8compile.integrations.transformers.loading import Deserialize, Quantize, untie_
-from int8compile.integrations.transformers.saving import linear_paths, quantization_config, state_dict
+from int8compile.integrations.transformers.saving import (
+    linear_paths,
+    quantization_config,
+    state_dict,
+    weight_only_paths,
+)
 from int8compile.modules.inplace import carry_hooks, dequantize_, find_linears, is_offloaded, report_of, skeleton_
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear
-from int8compile.report import Reason, Report
+from int8compile.report import UNMATCHED, Reason, Report
+from int8compile.selection import weight_only_by
 from int8compile.weights.formats import FORMATS
 
 log = logging.getLogger(__name__)
@@ -44,8 +50,10 @@ log = logging.getLogger(__name__)
 _FIELDS = (
     "llm_int8_threshold",
     "llm_int8_skip_modules",
+    "llm_int8_weight_only_modules",
     "llm_int8_has_fp16_weight",
     "llm_int8_enable_fp32_cpu_offload",
+    "activation",
     "outlier_policy",
     "min_features",
     "skip_output_embeddings",
@@ -59,9 +67,11 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` for ``from_pretrained``: the fields of ``int8compile.Int8Config`` that outlive a compile.
 
     Args:
-        llm_int8_threshold, llm_int8_skip_modules, outlier_policy, min_features, skip_output_embeddings, kernels,
-        llm_int8_has_fp16_weight: as there. ``skip_output_embeddings=False`` takes output embeddings that are not tied;
-            what transformers keeps tied stays float.
+        llm_int8_threshold, llm_int8_skip_modules, llm_int8_weight_only_modules, activation, outlier_policy,
+        min_features, skip_output_embeddings, kernels, llm_int8_has_fp16_weight: as there.
+            ``skip_output_embeddings=False`` takes output embeddings that are not tied; what transformers keeps tied
+            stays float. A tied one that ``llm_int8_weight_only_modules`` names becomes an int8 copy, a byte an element,
+            beside the float embedding.
         llm_int8_enable_fp32_cpu_offload: lets ``device_map`` put modules on the CPU or the disk beside a GPU. They are
             int8 there as well (bitsandbytes leaves them in float32); pass ``offload_buffers=True`` to from_pretrained.
 
@@ -184,6 +194,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _initialize_missing(model, self.loaded)
+        self._copy_tied(model)
         _check_offload(model)
         conversions = getattr(model, "_weight_conversions", None) or []
         # What we read in is not what we write: the state dict that is saved is made by get_state_dict_and_metadata.
@@ -191,8 +202,21 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         self.attach_(model)
         log.info("int8: %s", self.report.summary())
         if self.report.unmatched and not self.pre_quantized:
-            log.warning("int8: llm_int8_skip_modules that name no linear: %s", ", ".join(self.report.unmatched))
+            log.warning("int8: %s: %s", UNMATCHED, ", ".join(self.report.unmatched))
         return model
+
+    def _copy_tied(self, model: Any) -> None:
+        """Give output embeddings that are to have int8 weights, and are tied to a float one, a copy of it in int8."""
+        for found in find_linears(model, self.config, refused=heeded(self.refused, self.config)):
+            tied = [path for path in found.paths if self.refused.get(path, (None,))[0] is Reason.OUTPUT_EMBEDDING]
+            if not tied or found.site.reason is not Reason.REWRITTEN or found.module.weight.is_meta:  # type: ignore[union-attr]
+                continue
+            new = Int8Linear.from_float(found.module, self.config, paths=found.paths)
+            carry_hooks(found.module, new)
+            for path in found.paths:
+                model.set_submodule(path, new)
+                untie_(model, path)
+                self.refused.pop(path, None)
 
     def attach_(self, model: Any) -> None:
         """Make a model know that it is int8, as from_pretrained does."""
@@ -219,15 +243,15 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         before = model.config.quantization_config
         int8, left = linear_paths(model)
         as_float = bitsandbytes.float_linears(model).intersection(int8) if format == "bitsandbytes" else set()
+        if format != "int8compile":  # which quantise every activation
+            as_float |= weight_only_paths(model)
         int8 = [path for path in int8 if path not in as_float]
         written = quantization_config(before, int8, [*left, *sorted(as_float)], format)
         if as_float:
             names = ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in as_float}))
             if not int8:
-                raise OptionValueError(
-                    "format", format, f"another one: to bitsandbytes {names} are float, all there are"
-                )
-            log.warning("int8: written in float, which they are to bitsandbytes: %s", names)
+                raise OptionValueError("format", format, f"another one: to {format} {names} are float, all there are")
+            log.warning("int8: written in float, which they are to %s: %s", format, names)
         self._saving, self._as_float, model.config.quantization_config = format, as_float, written
         try:
             yield
@@ -241,7 +265,8 @@ def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwar
     Args:
         format: ``"int8compile"``; ``"bitsandbytes"``, which bitsandbytes reads (a linear that it has no int8 form for,
             such as T5's ``wo``, is written in float and named in a warning); ``"compressed-tensors"``, int8 weights
-            with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers).
+            with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers). Linears of
+            which the weights alone are int8 are written in float in either, with a warning.
         kwargs: those of transformers' ``save_pretrained``.
 
     Raises:
@@ -306,6 +331,15 @@ def _tell_peft() -> None:
             from int8compile.integrations import peft  # noqa: F401 (which registers it)
         except (ImportError, AttributeError) as error:
             log.info("int8: this peft cannot adapt Int8Linear (%s)", error)
+
+
+def heeded(refused: dict[str, tuple[Reason, str]], config: core.Int8Config) -> dict[str, tuple[Reason, str]]:
+    """Of ``refused_linears``, all but tied output embeddings that are to be copied as int8 weights."""
+    return {
+        path: why
+        for path, why in refused.items()
+        if why[0] is not Reason.OUTPUT_EMBEDDING or weight_only_by(path, config) is None
+    }
 
 
 def refused_linears(

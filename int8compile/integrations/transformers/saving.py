@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from int8compile.config import WEIGHTS_ONLY
 from int8compile.integrations.transformers import bitsandbytes
 from int8compile.modules.inplace import is_float_linear, is_offloaded
 from int8compile.modules.int8_linear import Int8Linear
@@ -22,6 +23,12 @@ def linear_paths(model: nn.Module) -> tuple[list[str], list[str]]:
     modules = list(model.named_modules(remove_duplicate=False))
     int8 = [path for path, module in modules if isinstance(module, Int8Linear)]
     return int8, [path for path, module in modules if is_float_linear(module)]
+
+
+def weight_only_paths(model: nn.Module) -> set[str]:
+    """Every path of the linears of which the weights alone are int8."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {path for path, m in modules if isinstance(m, Int8Linear) and m.outlier_policy == WEIGHTS_ONLY}
 
 
 def state_dict(model: nn.Module, format: str, as_float: Collection[str] = ()) -> dict[str, torch.Tensor]:

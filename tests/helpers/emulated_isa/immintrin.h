@@ -290,6 +290,34 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
       [&](int i) { return std::fma(a.lane<float>(i), b.lane<float>(i), c.lane<float>(i)); });
 }
 
+inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
+  return emulated::unpack<float>(a, b, 0);
+}
+
+inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
+  return emulated::unpack<float>(a, b, 1);
+}
+
+// Of each 128 bits: two lanes of a, then two of b, chosen by two bits each.
+inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int how) {
+  return emulated::make<float, __m512>(
+      [&](int i) { return (i % 4 < 2 ? a : b).template lane<float>(i / 4 * 4 + (how >> 2 * (i % 4) & 3)); });
+}
+
+// The same with fours of lanes for lanes.
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int how) {
+  return emulated::make<float, __m512>(
+      [&](int i) { return (i < 8 ? a : b).template lane<float>((how >> 2 * (i / 4) & 3) * 4 + i % 4); });
+}
+
+inline __m128 _mm512_castps512_ps128(__m512 v) {
+  return emulated::load<__m128>(v.bytes);
+}
+
+inline void _mm_storeu_ps(float* to, __m128 v) {
+  std::memcpy(to, v.bytes, sizeof(v.bytes));
+}
+
 inline __m512 _mm512_mask_mov_ps(__m512 source, __mmask16 mask, __m512 v) {
   return emulated::make<float, __m512>([&](int i) { return (mask >> i & 1 ? v : source).template lane<float>(i); });
 }

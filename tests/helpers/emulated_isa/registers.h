@@ -71,6 +71,7 @@ V dpbusd(const V& acc, const V& u, const V& s) {
 }  // namespace emulated
 
 using __m128i = emulated::Register<16, int>;
+using __m128 = emulated::Register<16, float>;
 using __m256i = emulated::Register<32, int>;
 using __m512i = emulated::Register<64, int>;
 using __m512 = emulated::Register<64, float>;

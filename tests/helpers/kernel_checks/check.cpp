@@ -44,7 +44,7 @@ void check_selfcheck() {
   for (const Kernels* use : right) {
     expect(agrees_with_portable(*use), "the self-check rejects ", use->name);
   }
-  static Kernels wrong[6];
+  static Kernels wrong[8];
   static Packing packing = *amx_kernels()->multipliers[Method::amx].packing;
   for (Kernels& use : wrong) {
     use = *portable_kernels();
@@ -78,6 +78,17 @@ void check_selfcheck() {
   wrong[4].multipliers.of[int(Method::amx)].packing = &packing;
   wrong[5].name = "seldom";  // which the plan takes for no call
   wrong[5].multipliers = wrong[5].multipliers.with(Method::panel, off_by_one);
+  wrong[6].name = "widened";
+  wrong[6].widen_row = [](const void* x, Float type, int64_t k, float* to) {
+    portable_kernels()->widen_row(x, type, k, to);
+    to[k - 1] += type == Float::bf16;
+  };
+  wrong[7].name = "floats";
+  wrong[7].float_product = [](const FloatTile& tile) {
+    FloatTile less = tile;
+    less.k -= tile.k > 1000;
+    portable_kernels()->float_product(less);
+  };
   std::vector<Provider> table = {{"absent", nullptr, true}, {"not here", &wrong[0], false}};
   std::string names;
   for (const Kernels& use : wrong) {

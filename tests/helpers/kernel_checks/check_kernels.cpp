@@ -220,6 +220,73 @@ void check_finish(const Kernels& use, Random& random, int64_t rows, int64_t cols
       " outlier columns, dtype ", int(type), ": outputs differ");
 }
 
+// A tile of the product of float rows: against sums in double, and each row against itself alone.
+void check_float_product(const Kernels& use, Random& random, int64_t rows, int64_t cols, int64_t k, Float type) {
+  const int64_t padded = (k + kFloatStep - 1) / kFloatStep * kFloatStep, gap = random.one_of({0, 0, 1, 37});
+  const int64_t stride = cols + random.below(3);
+  const Exact<int8_t> weight = codes(random, cols, k, gap, 0);
+  const Exact<char> x = floats(random, type, rows * k, {});
+  const Exact<char> bias = floats(random, type, cols, {});
+  Exact<float> wide(rows * padded), scale(cols), scratch(kFloatScratch);
+  for (int64_t i = 0; i < rows; ++i) {
+    use.widen_row(x.data() + i * k * bytes_of(type), type, k, wide.data() + i * padded);
+    for (int64_t c = k; c < padded; ++c) {
+      expect(wide[i * padded + c] == 0, "widen_row: no zero behind ", k);
+    }
+  }
+  for (float& value : scale) {
+    value = std::fabs(random.normal()) * 0.01f;
+  }
+  std::fill(scratch.begin(), scratch.end(), kNan);
+  Exact<float> got((rows - 1) * stride + cols), alone(cols);
+  FloatTile tile = {
+      rows, cols, k, wide.data(), padded, {weight.data(), k + gap}, scale.data(),
+      random.below(2) == 0 ? nullptr : bias.data(), type, scratch.data(), got.data(), stride, Float::f32,
+  };
+  use.float_product(tile);
+  tile.rows = 1;
+  tile.out = alone.data();
+  for (int64_t i = 0; i < rows; ++i) {
+    tile.x = wide.data() + i * padded;
+    use.float_product(tile);
+    for (int64_t j = 0; j < cols; ++j) {
+      double sum = 0, terms = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = double(wide[i * padded + c]) * weight[j * (k + gap) + c];
+        sum += term;
+        terms += std::fabs(term);
+      }
+      float offset[1] = {0};
+      if (tile.bias != nullptr) {
+        float space[kFloatStep];
+        portable_kernels()->widen_row(bias.data() + j * bytes_of(type), type, 1, space);
+        offset[0] = space[0];
+      }
+      const double want = sum * scale[j] + offset[0];
+      const double bound = (terms * scale[j] + std::fabs(offset[0])) * (k + 4) * 0x1p-24 + 1e-30;
+      const float value = got[i * stride + j];
+      expect(
+          std::fabs(value - want) <= bound, "float_product ", shape(rows, cols, k), " at ", i, ", ", j, ": ", value,
+          ", not ", want);
+      expect(value == alone[j], "float_product ", shape(rows, cols, k), ": row ", i, " differs alone");
+    }
+  }
+}
+
+void check_float_products(const Kernels& use, Random& random) {
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, 48}) {
+    for (const int64_t cols : {1, 2, 15, 16, 17, 33, 96}) {
+      for (const int64_t k : {0, 1, 15, 16, 17, 64, 130, 1024, 1041, 2080}) {
+        if (rows * cols * k < 3000 || random.below(rows * cols * k < 100000 ? 6 : 60) == 0) {
+          check_float_product(use, random, rows, cols, k, Float(random.below(3)));
+        }
+      }
+    }
+  }
+  check_float_product(use, random, 1, 5, 4500, Float::bf16);
+  check_float_product(use, random, 13, 20, 2100, Float::f16);
+}
+
 }  // namespace
 
 Exact<char> floats(Random& random, Float type, int64_t count, const std::vector<float>& odd) {
@@ -241,6 +308,7 @@ Exact<char> floats(Random& random, Float type, int64_t count, const std::vector<
 void check_kernels(const Kernels& use) {
   Random random;
   check_products(use, random);
+  check_float_products(use, random);
   for (const Float type : {Float::f32, Float::bf16, Float::f16}) {
     for (const float odd : {0.0f, kNan, kInf, -kInf, 65504.0f, 1e38f, 1e-38f, 1e-45f, 0x1p-121f, -0.0f}) {
       for (const int64_t k : {1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 100, 577}) {

@@ -6,6 +6,7 @@
 
 #include "../../../csrc/cpu/plan.h"
 #include "../../../csrc/cpu/product.h"
+#include "../../../csrc/cpu/weight_only.h"
 #include "ATen/Parallel.h"
 #include "check.h"
 
@@ -39,11 +40,15 @@ struct Problem {
     }
   }
 
-  Exact<char> run(int threads) const {
+  Exact<char> run(int threads, bool weight_only = false) const {
     at::threads() = threads;
     Exact<char> out(rows * cols * bytes_of(out_type));
     std::memset(out.data(), 0x22, out.size());
     Product product = {cols, {weight.data(), k}, scale.data(), bias.data(), out_type, out.data(), out_type};
+    if (weight_only) {
+      weight_only_linear({x.data(), type, rows, k}, product);
+      return out;
+    }
     quantized_linear({x.data(), type, rows, k}, threshold != 0, threshold, residual_from, product);
     expect(tiles_are_released(), "the tiles are not released");
     return out;
@@ -113,5 +118,11 @@ void check_product(const Kernels** use) {
       }
     }
     force_method("auto");
+    const Exact<char> once = problem.run(1, true);
+    for (const int threads : {3, 8}) {
+      expect(
+          same(problem.run(threads, true), once), "weights only ", problem.rows, " x ", problem.k, " x ", problem.cols,
+          ", ", threads, " threads: outputs differ");
+    }
   }
 }
