@@ -179,7 +179,8 @@ def grouped_bias_gradient(grad: torch.Tensor, offsets: torch.Tensor, dtype: torc
     """Sums of grad [S, N] over each expert's rows, in fp32: [E, N]."""
     experts = expert_of_rows(offsets, grad.shape[0])
     sums = torch.zeros((offsets.shape[0] + 1, grad.shape[1]), dtype=torch.float32, device=grad.device)
-    return sums.index_add(0, experts, grad.float())[:-1].to(dtype)
+    result: torch.Tensor = sums.index_add(0, experts, grad.float())[:-1].to(dtype)
+    return result
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
