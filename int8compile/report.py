@@ -37,8 +37,8 @@ class Reason(enum.Enum):
     RESHAPED = "its activation, weight, bias or result is given another shape or memory in place (unsqueeze_, t_, set_)"
     FORM = "a form of product without an int8 operator: out=, alpha, beta, or a bias that is not [out_features]"
     EXPERTS = (
-        "several matrices in one weight (experts'), in a product of another form than torch's grouped_mm, which "
-        "transformers has with experts_implementation='grouped_mm'"
+        "several matrices in one weight (experts'), which int8 modules do not hold, nor the backend multiplies in "
+        "another form than torch's grouped_mm and bmm (transformers: experts_implementation='grouped_mm')"
     )
     ROUTER = "chooses among experts: its numbers decide what runs, and it is small"
     UNREAD = "nothing reads its result, so that it need not be computed at all"

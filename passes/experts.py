@@ -4,9 +4,11 @@
         F.grouped_mm, and transformers' grouped_mm_fallback; w [E, N, K], or w [E, K, N] without the transpose
     (b) bmm(w[ids], x[:, :, None])                        -> grouped_linear(x[order], w_int8, w_scale, ends, ...)[back]
         bmm(x[:, None], w[ids]) with w [E, K, N]; matmul      where ``order`` sorts ids [S] by expert
+    (c) bmm(x [E, M, K], w [E, K, N]), or w.mT            -> grouped_linear(x [E * M, K], w_int8, w_scale, ends, ...)
 
-(b) reads each expert that is wanted once; gathering would copy one int8 matrix for each row. What stays float has a
-Reason: grouped products with a bias or of another dtype, several rows for each of ``ids``, all experts at once, einsum.
+(b) reads each expert that is wanted once; gathering would copy an int8 matrix for each row. What stays float has a
+Reason: grouped products with a bias or of another dtype, several rows for each of ``ids``, all experts for each row,
+einsum.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def _rewritten(node: fx.Node, match: Experts, context: PassContext) -> fx.Node:
 
     if match.gather is not None:
         return _sorted(node, match, match.gather, product, context)
-    assert match.offsets is not None
+    if match.offsets is None:
+        return _batched(node, match, product, context)
     offsets, ends = match.offsets, meta_tensor(match.offsets)
     if ends is not None and ends.dtype is not torch.int32:
         offsets = context.call(node, aten.to.dtype, (offsets, torch.int32), like=node)
@@ -82,3 +85,19 @@ def _sorted(node: fx.Node, match: Experts, gather: Gather, product: Any, context
 
     x = call(node, aten.index.Tensor, call(node, aten.squeeze.dim, match.x, match.one), [order])
     return call(node, aten.unsqueeze.default, call(node, aten.index.Tensor, product(x, ends), [back]), match.one)
+
+
+def _batched(node: fx.Node, match: Experts, product: Any, context: PassContext) -> fx.Node:
+    """(c): as many rows for each expert."""
+    weight, x = meta_tensor(match.weight), meta_tensor(match.x)
+    assert weight is not None
+    assert x is not None
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return context.call(node, target, args, like=node, kwargs=kwargs)
+
+    experts = int(weight.shape[0])
+    rows = x.shape[1] if isinstance(x.shape[1], int) else call(aten.sym_size.int, match.x, 1)
+    numbers = call(aten.arange.start, 1, experts + 1, dtype=torch.int32, device=x.device)
+    product_of_rows = product(call(aten.flatten.using_ints, match.x, 0, 1), call(aten.mul.Tensor, numbers, rows))
+    return call(aten.unflatten.int, product_of_rows, 0, [experts, -1])

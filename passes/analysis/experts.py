@@ -43,7 +43,8 @@ class Experts(NamedTuple):
     """What a node computes, found to be x times experts' weights [E, N, K] (or [E, K, N] if ``transposed``).
 
     Args:
-        x: [S, K] with ``offsets``; with ``gather`` [S, 1, K], or [S, K, 1] if it is the second operand.
+        x: [S, K] with ``offsets``; with ``gather`` [S, 1, K], or [S, K, 1] if it is the second operand; with neither
+            [E, M, K], M rows for each expert.
         offsets: [E], where each expert's rows end.
         gather: what picks a matrix for each row.
         one: with ``gather`` the dimension of x, and of the result, whose size is 1.
@@ -111,14 +112,16 @@ def _match_product(node: fx.Node) -> Experts | None:
     beside = ""
     if any(rest):
         beside = "out="
-    elif gather is None or value is None or out is None:
-        beside = "all experts at once"
-    elif value.dim() != 3 or not statically_known_true(value.shape[1 if at else 2] == 1):
-        beside = "several rows of an expert"
-    elif not statically_known_true(value.shape[0] == out.shape[0]):
-        beside = "rows that are broadcast"
+    elif value is None or out is None:
+        beside = "no tensor"
     elif out.dtype != value.dtype:
         beside = f"{_short(value.dtype)} to {_short(out.dtype)}"
+    elif gather is None:
+        beside = "" if at == 1 and value.dim() == 3 and _as_many(value, out) else "all experts at once"
+    elif value.dim() != 3 or not statically_known_true(value.shape[1 if at else 2] == 1):
+        beside = "several rows of an expert"
+    elif not _as_many(value, out):
+        beside = "rows that are broadcast"
     # x @ weight has the weight [K, N] before any transposes; weight @ x has it [N, K].
     return Experts(x, root, swapped != (at == 1), gather=gather, one=1 if at else 2, beside=beside)
 
@@ -165,6 +168,11 @@ def _integers(value: object) -> fx.Node | None:
     tensor = meta_tensor(value) if isinstance(value, fx.Node) else None
     whole = tensor is not None and tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64)
     return value if whole and isinstance(value, fx.Node) else None
+
+
+def _as_many(value: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether the first dimension is no broadcast one."""
+    return statically_known_true(value.shape[0] == out.shape[0])
 
 
 def _short(dtype: torch.dtype) -> str:

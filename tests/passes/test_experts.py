@@ -143,8 +143,8 @@ def untouched(module, *args, **options):
 
 
 def test_what_has_another_form_stays_float_and_says_so():
-    all_at_once = Experts(lambda w, x, _: torch.matmul(x, w), transposed=True)
-    assert untouched(all_at_once, X, IDS) == [(Reason.EXPERTS, "all experts at once")]
+    for product in (lambda w, x, _: torch.matmul(x, w), lambda w, x, _: torch.matmul(w.mT, x.mT)):
+        assert untouched(Experts(product, transposed=True), X, IDS) == [(Reason.EXPERTS, "all experts at once")]
     einsum = Experts(lambda w, x, _: torch.einsum("sk,enk->esn", x, w))
     assert untouched(einsum, X, IDS) == [(Reason.EXPERTS, "einsum")]
     rows = Experts(lambda w, x, ids: torch.bmm(x, w[ids]), transposed=True)
@@ -207,6 +207,23 @@ def test_indices_are_read_where_the_weights_are_gathered():
         assert torch.equal(compile_eager(module)(X, IDS), expected(module, IDS, False))
 
 
+@pytest.mark.parametrize(("transposed", "rows"), [(True, 1), (True, 5), (False, 3), (False, 0)])
+def test_rows_for_every_expert(transposed, rows):
+    module = Experts(lambda w, x, _: torch.bmm(x, w if transposed else w.mT), transposed)
+    x = torch.randn(E, rows, K).bfloat16()
+    weight, scale = Int8Weight.quantize(module.w, transposed)
+    with torch.no_grad():
+        out = compile_eager(module)(x, IDS)
+        torch._dynamo.mark_dynamic(x, 1) if rows > 1 else None
+        grown = compile_eager(module)(x, IDS)
+    assert out.shape == (E, rows, N)
+    for expert in range(E):
+        want = torch.ops.int8compile.linear(x[expert], weight[expert], scale[expert], None, 6.0, "column")
+        assert torch.equal(out[expert], want)
+        assert torch.equal(grown[expert], want)
+    assert int8compile.last_report().rewritten == 1
+
+
 def test_results_may_be_written_to():
     def form(w, x, ends):
         out = grouped(w, x, ends)
@@ -238,6 +255,19 @@ def test_changed_weights_are_seen():
         compiled(X, OFFSETS)
         module.w.mul_(torch.linspace(-1, 2, N)[:, None])
         assert torch.equal(compiled(X, OFFSETS), expected(module, OFFSETS, False))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_released_weights_come_back(transposed):
+    module = Experts(grouped_stored if transposed else grouped, transposed)
+    before = module.w.detach().clone()
+    compiled = compile_eager(module, release_weights=True)
+    with torch.no_grad():
+        out = compiled(X, OFFSETS)
+        assert module.w.untyped_storage().nbytes() == 0
+        assert torch.equal(compiled(X, OFFSETS), out)
+    int8compile.restore_weights_(module)
+    torch.testing.assert_close(module.w, before, rtol=0.01, atol=0.02)
 
 
 def test_gradients_reach_the_activation():
