@@ -19,7 +19,7 @@ from int8compile.hooks import transformers_integration
 from int8compile.limits import SMALLEST_THRESHOLD
 
 #: the passes in the order they run; ``passes/__init__.py`` makes its PIPELINE of them
-PASS_NAMES = ("expand", "group_heads", "fold_queries", "normalize", "quantize", "merge", "share", "verify")
+PASS_NAMES = ("expand", "group_heads", "fold_queries", "normalize", "quantize", "experts", "merge", "share", "verify")
 KERNELS = ("auto", "native", "reference")
 OUTLIER_POLICIES = ("column", "element")
 #: the outlier policy of a linear whose weight alone is int8: every column is one
@@ -57,8 +57,8 @@ class Int8Config:
             ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
         kernels: ``"auto"`` takes native kernels where there are some and the reference otherwise,
             ``"native"`` insists on them, ``"reference"`` never builds anything.
-        disable_passes: names of passes to leave out, of expand, group_heads, fold_queries, normalize, quantize, merge,
-            share, verify.
+        disable_passes: names of passes to leave out, of expand, group_heads, fold_queries, normalize, quantize,
+            experts, merge, share, verify.
         mode: as ``torch.compile``'s own ``mode``, which cannot be given together with options.
         inductor: inductor's own options, passed on as they are.
 

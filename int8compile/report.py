@@ -41,6 +41,11 @@ class Reason(enum.Enum):
     MUTATED = "its weight is changed inside the graph"
     RESHAPED = "its activation, weight, bias or result is given another shape or memory in place (unsqueeze_, t_, set_)"
     FORM = "a form of product without an int8 operator: out=, alpha, beta, or a bias that is not [out_features]"
+    EXPERTS = (
+        "several matrices in one weight (experts'), which int8 modules do not hold, nor the backend multiplies in "
+        "another form than torch's grouped_mm and bmm (transformers: experts_implementation='grouped_mm')"
+    )
+    ROUTER = "chooses among experts: its numbers decide what runs, and it is small"
     UNREAD = "nothing reads its result, so that it need not be computed at all"
     SHAPE = "its weight is not a matrix, or has more than 131072 input features"
     NESTED = "inside a higher-order operator (such as activation checkpointing) or a transform of torch.func"
@@ -58,6 +63,7 @@ class Site:
         dtype: of the output, such as ``"bfloat16"``.
         reason: why it was rewritten, or why not.
         detail: what in particular, such as the pattern that matched; "weights only" where activations stay float.
+        experts: how many matrices its weight holds, of experts; None for a plain linear.
     """
 
     path: str
@@ -66,6 +72,12 @@ class Site:
     dtype: str
     reason: Reason
     detail: str = ""
+    experts: int | None = None
+
+    @property
+    def size(self) -> str:
+        """``4096 x 14336``, and with experts ``8 x 4096 x 14336``."""
+        return " x ".join(str(n) for n in (self.experts, self.in_features, self.out_features) if n is not None)
 
     @property
     def rewritten(self) -> bool:
@@ -233,17 +245,14 @@ class Report:
         return text.getvalue()
 
 
-#: path, K, N, dtype, reason and detail of like sites, and how many
-_Rows = Counter[tuple[str, int, int, str, Reason, str]]
+#: like sites of repeated layers as one, and how many
+_Rows = Counter[Site]
 
 
 def folded(sites: list[Site]) -> _Rows:
     """Like sites of repeated layers as one row: ``layers.0.fc``, ``layers.1.fc`` -> ``layers.*.fc``, with a count."""
-    rows: _Rows = Counter()
-    for s in sites:
-        path = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", s.path)
-        rows[(path, s.in_features, s.out_features, s.dtype, s.reason, s.detail)] += 1
-    return rows
+    paths = [re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", site.path) for site in sites]
+    return Counter(dataclasses.replace(site, path=path) for site, path in zip(sites, paths, strict=True))
 
 
 def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.RenderableType]:
@@ -251,9 +260,9 @@ def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.Renderab
 
     Where it would, what most of the names begin with is said once, above the table, and ``dots`` stand for it.
     """
-    names = [row[0] for row in rows]
-    cells = [(str(count), f"{k} x {n}", dtype) for (_, k, n, dtype, _, _), count in rows.items()]
-    outcomes = [_outcome(reason, detail) for *_, reason, detail in rows]
+    names = [site.path for site in rows]
+    cells = [(str(count), site.size, site.dtype) for site, count in rows.items()]
+    outcomes = [_outcome(site) for site in rows]
     words = [len(word) for outcome in outcomes for word in outcome.split()]
     beside = 14 + sum(max(map(len, column)) for column in zip(("count", "K x N", "dtype"), *cells, strict=True))
     room = width - beside - max(words, default=0)
@@ -275,10 +284,10 @@ def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.Renderab
     yield table
 
 
-def _outcome(reason: Reason, detail: str) -> str:
-    if reason in (Reason.REWRITTEN, Reason.PREQUANTIZED):
-        return "int8, weights only" if "weights only" in detail else "int8"
-    return f"float: {reason.name} {detail}".rstrip()
+def _outcome(site: Site) -> str:
+    if site.rewritten:
+        return "int8, weights only" if "weights only" in site.detail else "int8"
+    return f"float: {site.reason.name} {site.detail}".rstrip()
 
 
 def _longest(texts: Iterable[str]) -> int:

@@ -95,9 +95,10 @@ def assert_int8_sites(
     with torch.no_grad():
         report = explain(model, *args, options=config, **(kwargs or {}))
     lines = []
-    for (path, k, n, dtype, reason, detail), count in folded(report.sites).items():
-        outcome = "int8" if reason is Reason.REWRITTEN else f"{reason.name} {detail}".strip()
-        lines.append(f"{count}x {path} {k} -> {n} {dtype} {outcome}\n")
+    for site, count in folded(report.sites).items():
+        outcome = "int8" if site.reason is Reason.REWRITTEN else f"{site.reason.name} {site.detail}".strip()
+        size = ("" if site.experts is None else f"{site.experts} x ") + f"{site.in_features} -> {site.out_features}"
+        lines.append(f"{count}x {site.path} {size} {site.dtype} {outcome}\n")
     _assert_inline("".join(lines), expected, skip)
 
 

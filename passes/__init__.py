@@ -5,6 +5,7 @@
 ``fold_queries``  attention of one query reads the query heads of a group as rows
 ``normalize``     every form of a linear becomes one canonical node
 ``quantize``      each eligible linear becomes ``int8compile.linear``, each other gets a Reason
+``experts``       products with experts' weights become ``int8compile.grouped_linear``
 ``merge``         linears that read one activation become one product
 ``share``         an activation that several linears still read is quantised once for all of them
 ``verify``        the result obeys the rules, or VerifyError
@@ -15,6 +16,7 @@ A pass only rewrites: removing what became dead, linting, timing and logging are
 from int8compile.config import PASS_NAMES
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import expand
+from int8compile.passes.experts import experts
 from int8compile.passes.fold_queries import fold_queries
 from int8compile.passes.group_heads import group_heads
 from int8compile.passes.merge import merge
@@ -31,6 +33,7 @@ __all__ = [
     "PIPELINE",
     "PassContext",
     "expand",
+    "experts",
     "fold_queries",
     "group_heads",
     "merge",

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from int8compile import selection
+from int8compile.config import WEIGHTS_ONLY
 from int8compile.graph.capture import FloatInput, is_constant
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
@@ -25,6 +26,7 @@ from int8compile.ops import master_linear
 from int8compile.passes.analysis import Effects, regions, transformed
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.effects import storage_of
+from int8compile.passes.analysis.experts import Experts, routers
 from int8compile.passes.analysis.linears import is_vector, resolve_transposes
 from int8compile.passes.analysis.sites import make_site, prequantized_site
 from int8compile.passes.analysis.slices import rows_of_constant
@@ -37,7 +39,7 @@ _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.em
 
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
-    facts = _Facts(graph, context)
+    facts = Facts(graph, context)
     for target in (int8_linear, master_linear):
         for node in graph.find_nodes(op="call_function", target=target):
             context.sites[node] = prequantized_site(node)
@@ -73,8 +75,8 @@ def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.
     return rows.of(lifted.weight, before, context), rows.of(lifted.weight_scale, before, context)
 
 
-class _Facts:
-    """What ``decide`` needs to know about the whole graph."""
+class Facts:
+    """What deciding about a linear, or about experts, needs to know about the whole graph."""
 
     def __init__(self, graph: fx.Graph, context: PassContext) -> None:
         self.context = context
@@ -86,6 +88,7 @@ class _Facts:
         self.embeddings = {self._storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings |= {self._real_storage(t) for t in tables if isinstance(t, fx.Node)}
         self.embeddings.discard(None)
+        self.routers = routers(graph, graph.find_nodes(op="call_function", target=LINEAR))
 
     def decide(self, node: fx.Node) -> Site:
         """Where a linear stands, and whether it is to be rewritten."""
@@ -95,12 +98,22 @@ class _Facts:
         rows = rows_of_constant(weight)
         root = rows.root if rows else resolve_transposes(weight)[0]
         site = make_site(node, weight, Reason.REWRITTEN)
-        reason, detail = self._reason(node, x, root, site.path, site.in_features, site.out_features)
+        reason, detail = self._reason(node, x, root, site, self._form_refusal(node, root, site.out_features))
         if reason is Reason.REWRITTEN:
             detail = selection.detail(selection.outliers(self.config, site.path)[1], site.detail)
         return dataclasses.replace(site, reason=reason, detail=detail or site.detail)
 
-    def _reason(self, node: fx.Node, x: fx.Node, root: fx.Node, path: str, k: int, n: int) -> tuple[Reason, str]:
+    def decide_experts(self, node: fx.Node, experts: Experts) -> Site:
+        """The same of a product with experts' weights."""
+        site = make_site(node, experts.weight, Reason.REWRITTEN, transposed=experts.transposed)
+        form = self._experts_refusal(node, experts, site.path)
+        reason, detail = self._reason(node, experts.x, experts.weight, site, form)
+        return dataclasses.replace(site, reason=reason, detail=detail)
+
+    def _reason(
+        self, node: fx.Node, x: fx.Node, root: fx.Node, site: Site, form: tuple[Reason, str] | None
+    ) -> tuple[Reason, str]:
+        k, n = site.in_features, site.out_features
         if not is_constant(root):
             return (Reason.FROZEN if root.op == "get_attr" else Reason.NOT_CONSTANT), ""
         weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
@@ -121,11 +134,11 @@ class _Facts:
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
         trainable = trainable and self.regions[node][1] and not self.config.llm_int8_has_fp16_weight
         return (
-            selection.shape_refusal(tuple(weight.shape), k)
+            selection.shape_refusal(tuple(weight.shape)[site.experts is not None :], k)
             or next(filter(None, (selection.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
-            or selection.name_refusal(path, shared, self.config)
+            or selection.name_refusal(site.path, shared, self.config)
             or ((Reason.MUTATED, "") if self.effects.ever_written(root) else None)
-            or self._form_refusal(node, root, n)
+            or form
             or selection.size_refusal(k, n, self.config)
             or ((Reason.TRAINABLE, "") if trainable else None)
             or (Reason.REWRITTEN, "")
@@ -140,6 +153,19 @@ class _Facts:
         if isinstance(bias, fx.Node) and not is_vector(bias, n):
             value = meta_tensor(bias)
             return Reason.FORM, f"bias {list(value.shape) if value is not None else '?'}"
+        if node in self.routers:
+            return Reason.ROUTER, ""
+        return None if node.users else (Reason.UNREAD, "")
+
+    def _experts_refusal(self, node: fx.Node, experts: Experts, path: str) -> tuple[Reason, str] | None:
+        """The same of a product with experts' weights."""
+        read = [experts.x, experts.weight, experts.offsets, *(experts.gather or ())]
+        if any(map(self.effects.reshaped, [node, *node.all_input_nodes, *(n for n in read if n is not None)])):
+            return Reason.RESHAPED, ""
+        if experts.beside or self.config.llm_int8_has_fp16_weight:
+            return Reason.EXPERTS, experts.beside or "llm_int8_has_fp16_weight"
+        if selection.outliers(self.config, path)[1] == WEIGHTS_ONLY:
+            return Reason.EXPERTS, "weights only"
         return None if node.users else (Reason.UNREAD, "")
 
     def _shares_an_embedding(self, weight: fx.Node) -> bool:

@@ -17,14 +17,14 @@ from int8compile.errors import VerifyError
 from int8compile.graph.capture import is_constant
 from int8compile.graph.dump import dump, meta_tensor, meta_value, target_name
 from int8compile.limits import FLOAT_DTYPES
-from int8compile.ops import linear, master_linear, quantize_rowwise, scaled_mm
+from int8compile.ops import grouped_linear, linear, master_linear, quantize_rowwise, scaled_mm
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.context import PassContext, argument_values
 
 
 def verify(graph: fx.Graph, context: PassContext) -> int:
     for node in graph.nodes:
-        if node.target in (linear, master_linear, scaled_mm, quantize_rowwise):
+        if node.target in (linear, grouped_linear, master_linear, scaled_mm, quantize_rowwise):
             _check_call(graph, context, node)
     _check_inputs(graph, context)
     return 0

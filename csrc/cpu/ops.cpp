@@ -11,20 +11,13 @@
 #include "../ops/checks.h"
 #include "../ops/registry.h"
 #include "product.h"
+#include "tensors.h"
 #include "weight_only.h"
 
 namespace int8compile {
 namespace {
 
 using at::Tensor;
-
-Float float_type(at::ScalarType type) {
-  return type == at::kFloat ? Float::f32 : type == at::kHalf ? Float::f16 : Float::bf16;
-}
-
-Activation activation(const Tensor& x) {
-  return {x.const_data_ptr(), float_type(x.scalar_type()), rows_of(x), x.size(-1)};
-}
 
 // The operands as the kernels take them. Holds what had to be copied: a weight whose rows are contiguous is used as it
 // is, in whatever tensor they lie.

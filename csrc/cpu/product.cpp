@@ -188,8 +188,8 @@ void multiply_part(
       tile.outliers = outliers;
       tile.outliers.residual += row * outliers.count;
       tile.gathered = gathered.data();
-      tile.out = const_cast<char*>(element(p.out, p.out_type, row * p.cols + col));
-      tile.out_stride = p.cols;
+      tile.out_stride = p.out_stride == 0 ? p.cols : p.out_stride;
+      tile.out = const_cast<char*>(element(p.out, p.out_type, row * tile.out_stride + col));
       tile.out_type = p.out_type;
       multiplier.multiply(codes, tile.weight, tile.rows, tile.cols, k, sums);
       left.use->finish(tile);
@@ -245,7 +245,8 @@ void scaled_product(
     left.codes = {packed.data(), row_bytes};
   }
   const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
-  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, sizes.threads);
+  const int64_t threads = at::in_parallel_region() ? 1 : sizes.threads;
+  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, threads);
   const int64_t col_parts = std::min(parts, divide_up(product.cols, kStrip));
   const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
   at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {

@@ -24,6 +24,7 @@ struct Product {
   Float bias_type;
   void* out;  // [rows, cols]
   Float out_type;
+  int64_t out_stride = 0;  // between rows of out; 0: cols
 };
 
 // codes [rows, k], scale [rows] and, unless null, outliers [k] as 0 and 1.

@@ -6,7 +6,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cummax.h>
+#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <numeric>
@@ -151,6 +155,71 @@ Tensor scaled_mm(
   return scaled_mm_op().call(codes, row_scale, x, outliers, weight, weight_scale, bias, out_dtype, residual_from);
 }
 
+using GroupedLinearSignature = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, c10::string_view);
+
+const auto& grouped_linear_op() {
+  static const auto op = find<GroupedLinearSignature>(INT8COMPILE_OP("grouped_linear"));
+  return op;
+}
+
+Tensor grouped_input_gradient(
+    const Tensor& grad, const Tensor& weight, const Tensor& weight_scale, const Tensor& offsets, at::ScalarType dtype) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::ScalarType);
+  static const auto op = find<Signature>(INT8COMPILE_OP("grouped_input_gradient"));
+  return op.call(grad, weight, weight_scale, offsets, dtype);
+}
+
+// Sums over each expert's rows; expert_of_rows of int8compile/ops/grouped_linear.py says whose a row is.
+Tensor grouped_bias_gradient(const Tensor& grad, const Tensor& offsets, at::ScalarType dtype) {
+  const int64_t experts = offsets.size(0), rows = grad.size(0);
+  if (experts == 0) {
+    return at::zeros({0, grad.size(1)}, grad.options().dtype(dtype));
+  }
+  const Tensor ends = std::get<0>(at::cummax(offsets.clamp(0, rows), 0));
+  const Tensor expert = at::searchsorted(ends, at::arange(rows, ends.options()), /*out_int32=*/false, /*right=*/true);
+  const Tensor sums = at::zeros({experts + 1, grad.size(1)}, grad.options().dtype(at::kFloat));
+  return sums.index_add(0, expert, grad.to(at::kFloat)).slice(0, 0, experts).to(dtype);
+}
+
+struct GroupedLinear : Function<GroupedLinear> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& offsets,
+      const OptionalTensor& bias, double threshold, const std::string& outlier_policy) {
+    ctx->save_for_backward({weight, weight_scale, offsets});
+    ctx->saved_data["x_dtype"] = int64_t(x.scalar_type());
+    ctx->saved_data["bias_dtype"] = int64_t(bias.has_value() ? bias->scalar_type() : at::kFloat);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    at::AutoDispatchBelowADInplaceOrView below;
+    return grouped_linear_op().call(x, weight, weight_scale, offsets, bias, threshold, outlier_policy);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(7);
+    const variable_list saved = ctx->get_saved_variables();
+    if (ctx->needs_input_grad(0)) {
+      const auto dtype = at::ScalarType(ctx->saved_data["x_dtype"].toInt());
+      result[0] = grouped_input_gradient(grads[0], saved[0], saved[1], saved[2], dtype);
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) {
+      const auto dtype = at::ScalarType(ctx->saved_data["bias_dtype"].toInt());
+      result[4] = grouped_bias_gradient(grads[0], saved[2], dtype);
+    }
+    return result;
+  }
+};
+
+Tensor grouped_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& offsets,
+    const OptionalTensor& bias, double threshold, c10::string_view outlier_policy) {
+  check_no_tangent("grouped_linear", x, weight_scale, bias);
+  if (at::GradMode::is_enabled() && (needs_gradient(x) || needs_gradient(bias))) {
+    return GroupedLinear::apply(x, weight, weight_scale, offsets, bias, threshold, std::string(outlier_policy));
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return grouped_linear_op().call(x, weight, weight_scale, offsets, bias, threshold, outlier_policy);
+}
+
 // Codes, scales and columns carry no gradient; scaled_mm takes it to x.
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
   using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double);
@@ -165,5 +234,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double thre
 INT8COMPILE_GRADIENTS(m) {
   m.impl("linear", &int8compile::linear);
   m.impl("scaled_mm", &int8compile::scaled_mm);
+  m.impl("grouped_linear", &int8compile::grouped_linear);
   m.impl("quantize_rowwise", &int8compile::quantize_rowwise);
 }

@@ -18,6 +18,10 @@ constexpr const char* kSchemas[] = {
     "scaled_mm(Tensor codes, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",
     "input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, float threshold, "
+    "str outlier_policy=\"column\") -> Tensor",
+    "grouped_input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, Tensor offsets, ScalarType dtype) "
+    "-> Tensor",
 };
 
 // Lives as long as the process: a Library takes its definitions back when it goes.

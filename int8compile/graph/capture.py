@@ -25,7 +25,7 @@ from int8compile.torch_internals.graphs import empty_like, set_source, source_of
 
 
 class FloatInput(NamedTuple):
-    """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``."""
+    """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``; of experts with E in front."""
 
     placeholder: fx.Node
     transposed: bool
@@ -37,7 +37,8 @@ class LiftedWeight:
 
     Args:
         sources: the float weights, in the order of their rows.
-        weight, weight_scale: placeholders of int8 [sum of N, K] and fp32 [sum of N].
+        weight, weight_scale: placeholders of int8 [sum of N, K] and fp32 [sum of N]; of experts, which are a single
+            source, [E, N, K] and [E, N].
     """
 
     sources: tuple[FloatInput, ...]
@@ -74,15 +75,14 @@ class Capture:
         """The lifted int8 form of these float weights, made on first request."""
         if sources in self.lifted:
             return self.lifted[sources]
-        tensors = [(meta_tensor(source.placeholder), source.transposed) for source in sources]
-        rows = sum(t.shape[1 if transposed else 0] for t, transposed in tensors if t is not None)
-        first, transposed = tensors[0]
+        shapes = [_int8_shape(source) for source in sources]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        first = meta_tensor(sources[0].placeholder)
         assert first is not None
-        columns = first.shape[0 if transposed else 1]
         paths = "+".join(str(node.meta["int8compile_constant"]) for node, _ in sources)
         with self.fake_mode:
-            codes = torch.empty((rows, columns), dtype=torch.int8, device=first.device)
-            weight_scale = torch.empty((rows,), dtype=torch.float32, device=first.device)
+            codes = torch.empty(shape, dtype=torch.int8, device=first.device)
+            weight_scale = torch.empty(shape[:-1], dtype=torch.float32, device=first.device)
         name = sources[0].placeholder.name
         self.lifted[sources] = lifted = LiftedWeight(
             sources,
@@ -120,6 +120,14 @@ class Capture:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.meta["int8compile_input"] = text
         return node
+
+
+def _int8_shape(source: FloatInput) -> tuple[int, ...]:
+    """[N, K], or [E, N, K]: the shape of a float weight's int8 form."""
+    value = meta_tensor(source.placeholder)
+    assert value is not None
+    shape = value.mT.shape if source.transposed else value.shape
+    return tuple(map(int, shape))
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -> Capture:

@@ -20,6 +20,7 @@ from int8compile import selection
 from int8compile.config import Int8Config
 from int8compile.errors import ModuleError
 from int8compile.hooks import transformers_integration
+from int8compile.modules.bare_experts import bare_experts
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear, is_conv1d
 from int8compile.native import providers
 from int8compile.report import GraphReport, Reason, Report, Site, WeightUse
@@ -55,7 +56,7 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
         config: as ``options`` of the backend: None, a dict, an ``Int8Config`` or a ``BitsAndBytesConfig``.
 
     Returns:
-        a Report of every linear, with a Reason for each that stays in float.
+        a Report of every linear, with a Reason for each that stays in float, and of experts' weights, which all do.
 
     Raises:
         OptionNameError, OptionValueError: a bad config.
@@ -72,7 +73,7 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
     refused = _refused_by_transformers(model, options)
     found = find_linears(model, options, refused=refused)
     provider = _provider(model, options)
-    report = Report([_graph_report(found, provider, options)])
+    report = Report([_graph_report(model, found, provider, options)])
     todo = deque(f for f in found if f.site.reason is Reason.REWRITTEN)
     del found  # `todo` alone must hold the float modules, which _convert lets go one by one
     _convert(model, todo, options)
@@ -139,7 +140,7 @@ def report_of(model: nn.Module, config: Int8Config, refused: Mapping[str, tuple[
         if site.reason is Reason.REWRITTEN:  # by the rules it could be, but nobody did
             site = dataclasses.replace(site, reason=Reason.SKIPPED, detail="float in the checkpoint")
         found.append(dataclasses.replace(linear, site=site))
-    return Report([_graph_report(found, _provider(model, config), config)])
+    return Report([_graph_report(model, found, _provider(model, config), config)])
 
 
 def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
@@ -320,6 +321,7 @@ def _use(found: Found, config: Int8Config) -> WeightUse:
     return WeightUse(id(weight), weight.numel() * dtype.itemsize, int8_bytes, not in_int8)
 
 
-def _graph_report(found: list[Found], provider: str, config: Int8Config) -> GraphReport:
-    sites, uses = [f.site for f in found], [_use(f, config) for f in found]
+def _graph_report(model: nn.Module, found: list[Found], provider: str, config: Int8Config) -> GraphReport:
+    sites, uses = bare_experts(model, config)
+    sites, uses = [f.site for f in found] + sites, [_use(f, config) for f in found] + uses
     return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites))

@@ -13,31 +13,35 @@ _CHUNK = 1 << 20  # elements quantised at a time, so that fp32 temporaries stay 
 
 
 class FloatWeight(NamedTuple):
-    """A linear's float weight: a tensor [N, K], or [K, N] if ``transposed``."""
+    """A linear's float weight: a tensor [N, K], or [K, N] if ``transposed``.
+
+    Experts' weights have their number in front: [E, N, K], or [E, K, N] if ``transposed``.
+    """
 
     tensor: torch.Tensor
     transposed: bool = False
 
     @property
-    def rows(self) -> int:
-        """N, the output channels."""
-        return self.tensor.shape[1 if self.transposed else 0]
+    def shape(self) -> tuple[int, ...]:
+        """Of its int8 form: [N, K] or [E, N, K]."""
+        *front, first, last = self.tensor.shape
+        return (*front, last, first) if self.transposed else (*front, first, last)
 
     @property
-    def columns(self) -> int:
-        """K, the input features."""
-        return self.tensor.shape[0 if self.transposed else 1]
+    def rows(self) -> int:
+        """N, the output channels; of experts, E."""
+        return self.shape[0]
 
 
 class Int8Weight(NamedTuple):
-    """An int8 weight [N, K], row-major, and its fp32 scale [N]."""
+    """An int8 weight [N, K], row-major, and its fp32 scale [N]; of experts [E, N, K] and [E, N]."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
 
     @classmethod
     def quantize(cls, tensor: torch.Tensor, transposed: bool = False) -> Int8Weight:
-        """That of a float weight [N, K] ([K, N] if ``transposed``), held by the caller and not by the store."""
+        """That of a float weight [..., N, K] ([..., K, N] if ``transposed``), held by the caller, not by the store."""
         source = FloatWeight(tensor, transposed)
         made = cls.empty([source])
         made.fill(source)
@@ -46,13 +50,13 @@ class Int8Weight(NamedTuple):
     @classmethod
     def empty(cls, sources: Sequence[FloatWeight]) -> Int8Weight:
         """Memory for the rows of float weights of the same K, one below the other, on the device of the first."""
-        rows, columns = sum(source.rows for source in sources), sources[0].columns
+        shape = (sum(source.rows for source in sources), *sources[0].shape[1:])
         device = sources[0].tensor.device
         # Made outside inference mode, so that a later call with gradients can save them for backward.
         with torch.inference_mode(False):
             return cls(
-                torch.empty((rows, columns), dtype=torch.int8, device=device),
-                torch.empty((rows,), dtype=torch.float32, device=device),
+                torch.empty(shape, dtype=torch.int8, device=device),
+                torch.empty(shape[:-1], dtype=torch.float32, device=device),
             )
 
     def rows(self, start: int, count: int) -> Int8Weight:
@@ -63,6 +67,12 @@ class Int8Weight(NamedTuple):
         """Quantise a float weight of as many rows into this memory."""
         with torch.no_grad():
             tensor = source.tensor.detach()
+            if tensor.dim() > 2:
+                for expert, part in enumerate(tensor):
+                    Int8Weight(self.weight[expert], self.weight_scale[expert]).fill(
+                        FloatWeight(part, source.transposed)
+                    )
+                return
             tensor = tensor.t() if source.transposed else tensor
             step = max(1, _CHUNK // max(1, tensor.shape[1]))
             for start in range(0, tensor.shape[0], step):
@@ -71,6 +81,6 @@ class Int8Weight(NamedTuple):
                 self.weight_scale[start : start + step].copy_(weight_scale)
 
     def dequantize(self, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
-        """The float weight [N, K] ([K, N] if ``transposed``) that the codes stand for."""
-        tensor = (self.weight.float() * self.weight_scale.unsqueeze(1)).to(dtype)
-        return tensor.t().contiguous() if transposed else tensor
+        """The float weight [..., N, K] ([..., K, N] if ``transposed``) that the codes stand for."""
+        tensor = (self.weight.float() * self.weight_scale.unsqueeze(-1)).to(dtype)
+        return tensor.mT.contiguous() if transposed else tensor

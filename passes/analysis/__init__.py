@@ -4,6 +4,7 @@
 ``regions``    under which switches (gradients, autocast, transforms of torch.func) each node stands
 ``arguments``  a call's arguments by the names in its operator's schema
 ``linears``    which nodes compute a linear, in the forms that ``normalize`` lists
+``experts``    which nodes multiply by experts' weights, and which linears choose among experts
 ``fused``      PyTorch's fused attention calls, and what they compute
 ``overlaps``   inputs that share memory at a later call and did not at first
 ``slices``     which weights are rows of a parameter

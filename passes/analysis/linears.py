@@ -18,7 +18,7 @@ _LINEAR = {torch.nn.functional.linear, aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm", "__matmul__"}
 _ADDMM = {torch.addmm, aten.addmm.default, "addmm"}
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
-_T = {torch.t, aten.t.default, "t", aten.numpy_T.default, aten.mT.default}
+_T = {torch.t, aten.t.default, "t", aten.numpy_T.default}  # of matrices; of more dimensions these reverse all
 _SWAP = {torch.transpose, aten.transpose.int, "transpose", torch.swapaxes, "swapaxes", aten.swapaxes.default}
 _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 
@@ -163,30 +163,35 @@ def _same_size(a: fx.Node, i: int, b: fx.Node, j: int) -> bool:
     return left is not None and right is not None and statically_known_true(left.shape[i] == right.shape[j])
 
 
-def resolve_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
-    """Follow a 2-D value back through transposes: where it comes from, and whether an odd number was passed."""
+def resolve_transposes(node: fx.Node, dims: int = 2) -> tuple[fx.Node, bool]:
+    """Follow a value back through transposes: where it comes from, and whether an odd number was passed.
+
+    Args:
+        dims: how many dimensions the value has to have; its last two are what is transposed.
+    """
     transposed = False
-    while (source := _transposed_source(node)) is not None:
+    while (source := _transposed_source(node, dims)) is not None:
         node, transposed = source, not transposed
     return node, transposed
 
 
-def _transposed_source(node: fx.Node) -> fx.Node | None:
+def _transposed_source(node: fx.Node, dims: int) -> fx.Node | None:
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source, *rest = node.args
     assert isinstance(source, fx.Node)
-    if _dims(source) != 2 or node.kwargs:
+    if _dims(source) != dims or node.kwargs:
         return None
-    dims = [r for a in rest for r in (a if isinstance(a, (list, tuple)) else [a])]
-    swaps = all(isinstance(d, int) for d in dims) and [d % 2 for d in dims if isinstance(d, int)]
-    if node.target in _T:
+    given = [r for a in rest for r in (a if isinstance(a, (list, tuple)) else [a])]
+    order = [d % dims for d in given if isinstance(d, int)] if all(isinstance(d, int) for d in given) else []
+    *front, first, last = range(dims)
+    if node.target is aten.mT.default or (node.target in _T and dims == 2):
         return source
-    if node.target in _SWAP and swaps in ([0, 1], [1, 0]):
+    if node.target in _SWAP and order in ([first, last], [last, first]):
         return source
-    if node.target in _PERMUTE and swaps == [1, 0]:
+    if node.target in _PERMUTE and order == [*front, last, first]:
         return source
-    if node.target is getattr and rest and rest[0] in ("T", "mT"):
+    if node.target is getattr and rest and (rest[0] == "mT" or (rest[0] == "T" and dims == 2)):
         return source
     return None
 

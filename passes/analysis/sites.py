@@ -9,11 +9,12 @@ from torch.utils import _pytree as pytree
 from int8compile import selection
 from int8compile.graph.capture import Capture, is_constant, site_path
 from int8compile.graph.dump import meta_tensor, meta_value
+from int8compile.ops import grouped_linear, master_linear
 from int8compile.ops import linear as int8_linear
-from int8compile.ops import master_linear
 from int8compile.passes.analysis import transformed
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.effects import graph_behind
+from int8compile.passes.analysis.experts import match_experts
 from int8compile.passes.analysis.fused import FUSED
 from int8compile.passes.analysis.linears import match_linear, resolve_transposes
 from int8compile.passes.analysis.slices import rows_of_constant
@@ -26,20 +27,24 @@ def make_site(node: fx.Node, weight: fx.Node, reason: Reason, detail: str = "", 
 
     Args:
         node: what computes it; the site's dtype is that of its (first) result.
-        weight: what it multiplies by, [N, K], or [K, N] if ``transposed``: a parameter, or any view of one.
+        weight: what it multiplies by, [N, K], or [K, N] if ``transposed``, of experts with E in front: a parameter, or
+            any view of one.
     """
     rows = rows_of_constant(weight)
     value = meta_tensor(weight)
-    shape = () if value is None else tuple(value.shape[::-1] if transposed else value.shape)
+    shape = () if value is None else tuple(value.shape)
+    experts, shape = (int(shape[0]), shape[1:]) if len(shape) == 3 else (None, shape)
+    shape = shape[::-1] if transposed else shape
     n, k = shape if len(shape) == 2 else (0, shape[0] if shape else 0)
     results = [leaf for leaf in pytree.tree_leaves(meta_value(node)) if isinstance(leaf, torch.Tensor)]
     dtype = str(results[0].dtype).removeprefix("torch.") if results else "?"
     path = site_path(node, rows.root if rows else resolve_transposes(weight)[0])
-    return Site(path, int(k), int(n), dtype, reason, detail or (f"rows {rows.start}:{rows.stop}" if rows else ""))
+    detail = detail or (f"rows {rows.start}:{rows.stop}" if rows else "")
+    return Site(path, int(k), int(n), dtype, reason, detail, experts)
 
 
 def prequantized_site(node: fx.Node) -> Site:
-    """The site of an ``int8compile.linear`` or ``master_linear`` that the user's model calls itself."""
+    """The site of an ``int8compile.linear``, or one of its siblings, that the user's model calls itself."""
     given = arguments(node)
     detail = "16-bit weight" if node.target is master_linear else selection.detail(given["outlier_policy"])
     return make_site(node, given["weight"], Reason.PREQUANTIZED, detail)
@@ -58,7 +63,7 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
             sites += [site for n in body.graph.nodes if (site := _float_site(n, Reason.NESTED))]
         elif site := _float_site(node, Reason.NESTED if node in inside else Reason.DISABLED):
             sites.append(site)
-        elif node.op == "call_function" and node.target in (int8_linear, master_linear):
+        elif node.op == "call_function" and node.target in (int8_linear, grouped_linear, master_linear):
             if arguments(node)["weight"] not in lifted:
                 sites.append(prequantized_site(node))
         elif node.op == "call_function" and node.target in FUSED:
@@ -67,8 +72,8 @@ def complete_sites(graph: fx.Graph, context: PassContext) -> list[Site]:
 
 
 def _float_site(node: fx.Node, reason: Reason) -> Site | None:
-    """The site of a linear that stays as it is; None for any other node."""
-    linear = match_linear(node)
+    """The site of a linear, or of experts, that stays as it is; None for any other node."""
+    linear = match_linear(node) or match_experts(node)
     return None if linear is None else make_site(node, linear.weight, reason, transposed=linear.transposed)
 
 
@@ -87,7 +92,8 @@ def weight_uses(captured: Capture) -> list[WeightUse]:
         for node, transposed in lifted.sources:
             value = meta_tensor(node)
             assert value is not None
-            forms.setdefault(node, {})[transposed] = value.numel() + 4 * value.shape[1 if transposed else 0]
+            features = value.shape[-2 if transposed else -1]
+            forms.setdefault(node, {})[transposed] = value.numel() + 4 * (value.numel() // max(1, features))
     kept = set(captured.kept)
     uses = []
     for node, example in captured.examples.items():

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gold import BF16_BOUND, FP32_BOUND, emulate, int8_linear
-from model_zoo import ZOO, BrokenByTorchError, Entry, Mlp, Row, measure, tabulate
+from model_zoo import ZOO, BrokenByTorchError, Entry, Row, measure, tabulate
+from small_modules import Mlp
 
 # How much nearer to the emulation than to the float model the output must be.
 FP32_RATIO, BF16_RATIO = 0.25, 0.5

@@ -14,7 +14,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -125,7 +125,8 @@ def emulate(model: nn.Module, names: Iterable[str], threshold: float = 6.0) -> I
     """Within the context the named linears of ``model`` compute LLM.int8(); everything else is left as it is.
 
     Args:
-        names: module paths or parameter paths, such as the ``path`` of a Report's rewritten sites.
+        names: module paths or parameter paths, such as the ``path`` of a Report's rewritten sites. A parameter with
+            three dimensions holds experts, whose product has to be ``F.grouped_mm``.
         threshold: an activation of this magnitude makes its column an outlier column; 0: there are none.
 
     Raises:
@@ -136,6 +137,7 @@ def emulate(model: nn.Module, names: Iterable[str], threshold: float = 6.0) -> I
     weights = {id(_weight(model, name)): name for name in names}
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+        """``weight``: a parameter, or rows of one, or one expert's matrix in it."""
         out, outlier_columns = int8_linear(x, weight.t() if transposed else weight, bias, threshold)
         name = weights[_parameter_id(weight)]
         tally.calls[name] += 1
@@ -147,6 +149,8 @@ def emulate(model: nn.Module, names: Iterable[str], threshold: float = 6.0) -> I
         # of nn.TransformerEncoder would go past it.
         stack.enter_context(_fast_path_off())
         stack.enter_context(mock.patch.object(nn.functional, "linear", _by_weight(weights, product)))
+        if hasattr(nn.functional, "grouped_mm"):
+            stack.enter_context(mock.patch.object(nn.functional, "grouped_mm", _by_experts(weights, product)))
         for module in model.modules():
             # A module's own forward need not call F.linear: Conv1D calls addmm, FalconLinear multiplies by weight.T.
             if id(getattr(module, "weight", None)) in weights and _is_linear(module):
@@ -176,6 +180,23 @@ def _by_weight(weights: dict[int, str], product: Callable[..., torch.Tensor]) ->
         return product(input, weight, bias, False) if ours else original(input, weight, bias)
 
     return linear
+
+
+def _by_experts(weights: dict[int, str], product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """F.grouped_mm, each of the chosen experts being a linear of its own rows."""
+    original = nn.functional.grouped_mm
+
+    def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, **others: Any) -> torch.Tensor:
+        if _parameter_id(weight) not in weights:
+            return original(x, weight, offs=offs, **others)
+        ends = offs.tolist()
+        parts = [
+            product(x[begin:end], weight[expert], None, True)  # [K, N], of whatever is stored
+            for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
+        return torch.cat(parts)
+
+    return grouped_mm
 
 
 def _parameter_id(weight: torch.Tensor) -> int:

@@ -24,6 +24,7 @@ import rich.table
 import torch
 import transformers
 from gold import emulate, relative_error
+from small_modules import BrokenMlp, Mlp, PartlyAutocast, Refusals
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -284,52 +285,6 @@ def _whisper() -> nn.Module:
     return _hf("Whisper", "ForConditionalGeneration", vocab_size=_VOCABULARY, **layers, **sizes, **lengths, **ends)()
 
 
-class Mlp(nn.Module):
-    """Two linears of the common kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, src: torch.Tensor) -> torch.Tensor:
-        return src + self.down(self.act(self.up(self.norm(src))))
-
-    def act(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(x)
-
-
-class BrokenMlp(Mlp):
-    """The same with a graph break between its linears."""
-
-    def forward(self, src: torch.Tensor) -> torch.Tensor:
-        x = self.up(self.norm(src))
-        torch._dynamo.graph_break()
-        return src + self.down(self.act(x))
-
-
-class PartlyAutocast(Mlp):
-    """The same with autocast for one of its linears only."""
-
-    def forward(self, src: torch.Tensor) -> torch.Tensor:
-        x = self.norm(src)
-        with torch.autocast("cpu", torch.bfloat16):
-            x = self.up(x)
-        return src + self.down(self.act(x.float()))
-
-
-class Refusals(Mlp):
-    """The same with linears behind it that are to stay in float: a named one, one computed, one in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.factor, self.wide = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32).double()
-
-    def forward(self, src: torch.Tensor) -> torch.Tensor:
-        x = self.head(super().forward(src))
-        x = nn.functional.linear(x, self.factor.weight.abs(), self.factor.bias)
-        return self.wide(x.double()).float()
-
-
 def _encoder(activation: Callable[..., torch.Tensor]) -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation=activation)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -343,6 +298,15 @@ _GEMMA3 = {**_GROUPED, "head_dim": 8, "sliding_window": 4, "layer_types": ["slid
 _BLOOM = {"vocab_size": _VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 _OPT = {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16}
 _T5 = {"vocab_size": _VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+
+_ROUTERS = {Reason.ROUTER: 2, **_LM_HEAD}
+_EXPERTS = {**_GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GPT_OSS = {"num_local_experts": 4, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+_DEEPSEEK = {
+    **{**_EXPERTS, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+    **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
 
 ZOO = (
     # 2 layers of q k v o, gate up down = 14, and lm_head. Qwen2 has biases, Qwen3 norms its heads, lm_head of Gemma3
@@ -361,8 +325,15 @@ ZOO = (
     Entry("Falcon", _hf("Falcon", "ForCausalLM", **_SIZES), _text, 8, _LM_HEAD),
     # 2 layers of q k v o, up down = 12, and project_in, project_out around them, as in OPT-350m.
     Entry("OPT", _hf("OPT", "ForCausalLM", **_OPT), _text, 14, _LM_HEAD),
-    # 2 layers of q k v o and a router = 10. The experts are 3-D weights in one grouped product: no linears.
-    Entry("Mixtral", _hf("Mixtral", "ForCausalLM", **_GROUPED, num_local_experts=4), _text, 10, _LM_HEAD),
+    # 2 layers of q k v o, and of the experts gate_up down = 12; 2 routers. gpt-oss stores its experts [E, K, N], with
+    # biases, gate and up interleaved.
+    Entry("Mixtral", _hf("Mixtral", "ForCausalLM", **_GROUPED, num_local_experts=4), _text, 12, _ROUTERS),
+    Entry("Qwen3-MoE", _hf("Qwen3Moe", "ForCausalLM", **_EXPERTS, num_experts=8, head_dim=8), _text, 12, _ROUTERS),
+    Entry("OLMoE", _hf("Olmoe", "ForCausalLM", **_EXPERTS, num_experts=8), _text, 12, _ROUTERS),
+    Entry("gpt-oss", _hf("GptOss", "ForCausalLM", **_EXPERTS, **_GPT_OSS), _text, 12, _ROUTERS),
+    # A dense layer and one with experts: 2 of q_a q_b kv_a kv_b o, gate up down of the dense layer and of the shared
+    # expert, gate_up down of the routed ones = 18; the router.
+    Entry("DeepSeek-V3", _hf("DeepseekV3", "ForCausalLM", **_DEEPSEEK), _text, 18, {**_LM_HEAD, Reason.ROUTER: 1}),
     # 2 layers of q k v o, up down = 12; then the transform of the masked-LM head, or both linears of the classifier,
     # or the one of ViT's.
     Entry("BERT", _hf("Bert", "ForMaskedLM", **_SIZES), _text, 13, _LM_HEAD),

@@ -18,6 +18,11 @@ inline int get_num_threads() {
   return threads();
 }
 
+// (No program here calls parallel_for within one.)
+inline bool in_parallel_region() {
+  return false;
+}
+
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) {
