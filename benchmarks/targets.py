@@ -1,7 +1,7 @@
 """The targets that int8 on CPUs is built to meet, and how far a run's results are from each.
 
-They are ratios within one run, set for 2 cores with AMX; on other CPUs they say where int8 stands, and promise
-nothing.
+They are ratios within one run, set for 2 cores with AMX, and for whole models on 2 cores with AVX512-VNNI; on other CPUs
+they say where int8 stands, and promise nothing.
 """
 
 from __future__ import annotations
@@ -118,6 +118,25 @@ def model_targets(contenders: Mapping[str, Mapping[str, Any]], *, llama: bool = 
         best, name = min(times)
         return [(f"against {name}", best / fastest(key, lambda b: b == backend))]
 
+    bf16 = ("inductor",)
+    if _provider(contenders, "avx512vnni"):
+        if llama:
+            return [
+                row(
+                    "Llama-3.2-1B's shape, prompt of 512, bf16 inductor",
+                    1.6,
+                    ratio("prompt", "int8", bf16, "bfloat16-"),
+                ),
+                row("Llama-3.2-1B's shape, decode step, bf16 inductor", 2.2, ratio("token", "int8", bf16, "bfloat16-")),
+                _memory(contenders),
+            ]
+        return [
+            row("prompt of 512, bf16 inductor", 1.5, ratio("prompt", "int8", bf16, "bfloat16-")),
+            row("decode step, bf16 inductor", 2.6, ratio("token", "int8", bf16, "bfloat16-")),
+            row("the same, lm_head's weights in int8", 3.2, ratio("token", "int8-weights-head", bf16, "bfloat16-")),
+            _against_llama_cpp(ratio("token", "int8-head", ("llama.cpp",))),
+            _memory(contenders),
+        ]
     if llama:
         return [
             row(
@@ -139,13 +158,19 @@ def model_targets(contenders: Mapping[str, Mapping[str, Any]], *, llama: bool = 
         row("the same, lm_head in int8", 1.7, ratio("prompt", "int8-head", prompt)),
         row("decode step, fastest of inductor and torchao", 2.0, ratio("token", "int8", token)),
         row("the same, lm_head in int8", 2.5, ratio("token", "int8-head", token)),
-        row(
-            "decode step, llama.cpp Q8_0 (not slower; lm_head in int8, as there)",
-            1.0,
-            ratio("token", "int8-head", ("llama.cpp",)),
-        ),
+        _against_llama_cpp(ratio("token", "int8-head", ("llama.cpp",))),
         _memory(contenders),
     ]
+
+
+def _provider(contenders: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    """Whether int8 ran by that provider of kernels."""
+    providers = [p for c in contenders.values() for p in c.get("report", {}).get("providers", [])]
+    return any(name in provider.split() for provider in providers)
+
+
+def _against_llama_cpp(values: list[tuple[str, float]]) -> Row:
+    return row("decode step, llama.cpp Q8_0 (not slower; lm_head in int8, as there)", 1.0, values)
 
 
 def _memory(contenders: Mapping[str, Mapping[str, Any]]) -> Row:

@@ -8,7 +8,7 @@
 A contender is DTYPE-BACKEND. Backends:
 
 * eager, inductor; frozen (inductor with freezing), autotuned (with freezing and max-autotune)
-* int8; int8-head, with the output embedding in int8 too
+* int8; int8-head, with the output embedding in int8 too; int8-weights-head, with its weights alone
 * emulation: LLM.int8() in float64 (``tests/helpers/gold.py``). Its perplexity is what int8 should have;
   its time says nothing, so it is not taken
 * torchao (int8 dynamic), torchao-weights (int8 weights alone), both by inductor with freezing and max-autotune;

@@ -39,7 +39,7 @@ def show(output: dict[str, Any], rows: Sequence[targets.Row], console: Console) 
         if "absent" in result:
             console.print(f"[yellow]absent[/]: {name}: {result['absent']}")
     if rows:
-        console.print(targets.table(rows, "targets (set for AMX on 2 cores)"))
+        console.print(targets.table(rows, "targets"))
 
 
 def _table(results: dict[str, dict[str, Any]]) -> rich.table.Table:

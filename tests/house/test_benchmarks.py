@@ -111,6 +111,17 @@ def test_model_targets_are_held_against_the_fastest_of_those_meant():
     assert [row.verdict for row in llama_rows] == ["met", "met", "met"]
 
 
+def test_a_machine_with_vnni_has_model_targets_of_its_own():
+    report = {"providers": ["native avx512vnni (cpu)"]}
+    model = MODEL | {"bfloat16-int8": MODEL["bfloat16-int8"] | {"report": report}}
+    rows = by_target(targets.model_targets(model))
+    assert rows["decode step, bf16 inductor"].value == 36 / 9  # the fastest dtype of ours
+    assert rows["prompt of 512, bf16 inductor"].verdict == "met"
+    assert rows["the same, lm_head's weights in int8"].verdict == "not measured"
+    llama = targets.model_targets(model, llama=True)
+    assert [row.limit for row in llama] == [1.6, 2.2, 0.52]
+
+
 def linear_result():
     cases = [
         {
