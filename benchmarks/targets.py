@@ -1,7 +1,7 @@
 """The targets that int8 on CPUs is built to meet, and how far a run's results are from each.
 
-They are ratios within one run, set for 2 cores with AMX, and for whole models on 2 cores with AVX512-VNNI; on other CPUs
-they say where int8 stands, and promise nothing.
+They are ratios within one run, set for 2 cores with AMX, and for whole models on 2 cores with AVX512-VNNI; on other
+CPUs they say where int8 stands, and promise nothing.
 """
 
 from __future__ import annotations
