@@ -202,6 +202,12 @@ class Model:
         self.last = logits[0, -1]
         return new, seconds
 
+    def skip_guards(self, skip: bool) -> None:
+        """Whether compiled graphs are called from now on without asking whether they fit."""
+        import torch
+
+        torch.compiler.set_stance("default", skip_guard_eval_unsafe=skip)
+
     def last_logits(self) -> Any:
         """Logits [vocabulary] after the last token of the latest call, as a float32 array."""
         return self.last.float().cpu().numpy().copy()
