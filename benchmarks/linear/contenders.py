@@ -122,6 +122,7 @@ def contenders(dtypes: list[torch.dtype]) -> dict[str, Prepare]:
             "ours-0": functools.partial(ours, outlier_columns=lambda k: 0),
             "ours-4": functools.partial(ours, outlier_columns=lambda k: 4),
             "ours-1%": functools.partial(ours, outlier_columns=lambda k: max(1, round(0.01 * k))),
+            "ours-weights": weights_only,
         }
         for key, make in made.items():
             found[f"{key}.{name}"] = functools.partial(make, dtype=dtype)
@@ -220,6 +221,20 @@ def ours(case: Case, dtype: torch.dtype, outlier_columns: Callable[[int], int]) 
         return [linear(x, weight, scale, None, THRESHOLD) for weight, scale in weights]
 
     return Prepared(run, len(weights), expected, _int8_error(case.weight, x, dtype))
+
+
+def weights_only(case: Case, dtype: torch.dtype) -> Prepared:
+    """``int8compile::linear`` with outlier policy "all": floats times int8 weights, nothing quantised."""
+    x = case.x.to(dtype)
+    weights = [_int8(weight.to(dtype)) for weight in case.weights(case.copies(1))]
+    codes, scale = weights[0]
+    expected = x.double() @ (codes.double() * scale.double()[:, None]).t()
+    linear = torch.ops.int8compile.linear.default
+
+    def run() -> list[torch.Tensor]:
+        return [linear(x, weight, scale, None, 0.0, "all") for weight, scale in weights]
+
+    return Prepared(run, len(weights), expected, EPSILON[dtype])
 
 
 def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@
 A contender is DTYPE-BACKEND. Backends:
 
 * eager, inductor; frozen (inductor with freezing), autotuned (with freezing and max-autotune)
-* int8; int8-head, with the output embedding in int8 too; int8-weights-head, with its weights alone
+* int8; int8-head, with the output embedding in int8 too; int8-weights-head, with its weights alone;
+  int8-weights, with the weights of every linear alone
 * emulation: LLM.int8() in float64 (``tests/helpers/gold.py``). Its perplexity is what int8 should have;
   its time says nothing, so it is not taken
 * torchao (int8 dynamic), torchao-weights (int8 weights alone), both by inductor with freezing and max-autotune;
@@ -118,7 +119,7 @@ def _names(contenders: str | None, dtype: str, peers: bool, is_random: bool) -> 
             # exported ones in as many files: 15 GB of the random model.
             frozen = [d for d in dtypes if not (is_random and d == "float32")]
             names += [f"{d}-{b}" for d in frozen for b in ("frozen", "autotuned")]
-            names.append(f"{dtype}-int8-head")
+            names += [f"{dtype}-int8-head", f"{dtype}-int8-weights-head"]
             names += [f"{d}-{b}" for d in dtypes for b in ("torchao", "torchao-weights", "bitsandbytes")]
             names += ["q8_0-llama.cpp"] if is_random else ["float32-onnxruntime", "q8_0-llama.cpp"]
     for name in names:

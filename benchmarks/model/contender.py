@@ -30,6 +30,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "int8": FLOATS,
     "int8-head": FLOATS,  # the output embedding in int8 too
     "int8-weights-head": FLOATS,  # the output embedding's weights in int8, its activations in float
+    "int8-weights": FLOATS,  # every linear so
     "emulation": FLOATS,  # LLM.int8() by the tests' gold; slow
     "torchao": FLOATS,  # int8 dynamic, by inductor with freezing and max-autotune
     "torchao-weights": FLOATS,  # int8 weights alone, likewise; without freezing unless in bfloat16
@@ -50,6 +51,7 @@ _COMPILED: dict[str, tuple[str, dict[str, Any] | None]] = {
     "int8": ("int8", None),
     "int8-head": ("int8", {"skip_output_embeddings": False}),
     "int8-weights-head": ("int8", {"llm_int8_weight_only_modules": ["lm_head"]}),
+    "int8-weights": ("int8", {"llm_int8_weight_only_modules": ["lm_head"], "activation": "float"}),
 }
 
 

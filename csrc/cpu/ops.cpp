@@ -1,4 +1,5 @@
-// linear, quantize_rowwise and scaled_mm for CPU tensors: argument checks, then product.cpp.
+// linear, quantize_rowwise and scaled_mm for CPU tensors: argument checks, then product.cpp, or
+// weight_only.cpp where nothing is quantised.
 //
 // The schemas are int8compile/ops/*.py's, and so is the meaning; the checks here are the same as theirs.
 

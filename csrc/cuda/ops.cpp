@@ -1,4 +1,5 @@
 // linear, quantize_rowwise and scaled_mm for CUDA tensors: argument checks and memory, then run.cpp.
+// (A linear of which the weight alone is int8 is torch's product of floats.)
 //
 // The schemas are int8compile/ops/*.py's, and so is the meaning; the checks here are the same as theirs. Compiled by the
 // host's compiler alone. Scratch memory comes from torch's caching allocator, on the current stream, and goes back when
