@@ -271,6 +271,10 @@ def llama(layers: int = 2) -> nn.Module:
     return _hf("Llama", "ForCausalLM", **{**_GROUPED, "num_hidden_layers": layers})()
 
 
+def mixtral(layers: int = 2) -> nn.Module:
+    return _hf("Mixtral", "ForCausalLM", **{**_GROUPED, "num_hidden_layers": layers}, num_local_experts=4)()
+
+
 def _clip() -> nn.Module:
     text = {**_SIZES, "num_hidden_layers": 1, "eos_token_id": _VOCABULARY - 1}
     vision = {**_VISION, "num_hidden_layers": 1}
@@ -327,7 +331,7 @@ ZOO = (
     Entry("OPT", _hf("OPT", "ForCausalLM", **_OPT), _text, 14, _LM_HEAD),
     # 2 layers of q k v o, and of the experts gate_up down = 12; 2 routers. gpt-oss stores its experts [E, K, N], with
     # biases, gate and up interleaved.
-    Entry("Mixtral", _hf("Mixtral", "ForCausalLM", **_GROUPED, num_local_experts=4), _text, 12, _ROUTERS),
+    Entry("Mixtral", mixtral, _text, 12, _ROUTERS),
     Entry("Qwen3-MoE", _hf("Qwen3Moe", "ForCausalLM", **_EXPERTS, num_experts=8, head_dim=8), _text, 12, _ROUTERS),
     Entry("OLMoE", _hf("Olmoe", "ForCausalLM", **_EXPERTS, num_experts=8), _text, 12, _ROUTERS),
     Entry("gpt-oss", _hf("GptOss", "ForCausalLM", **_EXPERTS, **_GPT_OSS), _text, 12, _ROUTERS),

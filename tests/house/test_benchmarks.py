@@ -13,13 +13,15 @@ import torch
 import typer
 
 import int8compile
-from benchmarks import common, results, targets
+from benchmarks import common, moe, results, targets
 from benchmarks.linear import __main__ as linear
 from benchmarks.linear import contenders
 from benchmarks.linear.contenders import Case, Prepared, WrongResultError
 from benchmarks.model import random_llama
 from benchmarks.model.contender import load
 from benchmarks.studies import calls, program_sizes
+from int8compile.backend import compile_rewritten
+from int8compile.config import Int8Config
 
 SHAPES = [(576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008)]
 NAMES = {  # milliseconds
@@ -298,3 +300,53 @@ def test_a_decode_steps_parts_are_within_it():
     assert found["calls"]["int8compile::linear"]["count"] >= 8  # qkv o, gate-up down of each layer
     assert 0 < found["runner_us"] + found["outside_us"] < 1e3 * found["token_ms"]["max"]
     assert min(found["runner_us"], found["outside_us"]) > 0
+
+
+def test_a_layer_of_experts_is_what_a_loop_over_them_computes():
+    torch.manual_seed(0)
+    layer, x = (
+        moe.ExpertLayer(moe.Shape(experts=4, active=2, hidden=32, intermediate=16)),
+        torch.randn(5, 32).bfloat16(),
+    )
+    weights, chosen = layer.router(x).float().softmax(-1).topk(2)
+    want = torch.zeros(5, 32)
+    for token in range(5):
+        for weight, expert in zip(weights[token], chosen[token], strict=True):
+            gate, up = (layer.gate_up_proj[expert] @ x[token]).chunk(2)
+            want[token] += weight * (layer.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)).float()
+    torch.testing.assert_close(layer(x).float(), want, rtol=0.02, atol=0.02)
+
+
+def test_experts_times_and_targets_are_shown():
+    def times(ms):
+        return {"median": ms, "min": ms, "max": ms, "samples": 3}
+
+    results = [{"rows": m, "difference": 0.02, "bfloat16": times(4.0), "int8": times(2.5)} for m in (1, 16, 512)]
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(moe._table("mixtral-8x7b", results))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[3:6] for line in lines if "2.0e-02" in line] == [
+        ["1.60", "2.0", "missed"],
+        ["1.60", "2.0e-02"],
+        ["1.60", "1.5", "met"],
+    ]
+
+
+def test_both_forms_of_experts_are_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda layer, fullgraph, backend="": _compile(layer, backend=eager(backend)))
+    (result,) = moe.measure(moe.Shape(experts=4, active=2, hidden=256, intermediate=128), [3], 2, 0.01)
+    assert result["rows"] == 3
+    assert 0 < result["difference"] < 0.1
+    assert result["bfloat16"]["samples"] == result["int8"]["samples"] == 2
+
+
+_compile = torch.compile
+
+
+def eager(backend):
+    """A backend whose tail is no inductor, which takes half a minute."""
+
+    def rewritten(gm, inputs):
+        return compile_rewritten(gm, inputs, Int8Config(), lambda gm, *_: gm.forward)
+
+    return rewritten if backend == "int8" else lambda gm, _: gm.forward

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gold import emulate
-from model_zoo import Entry, eagerly, gpt2, llama, tokens
+from model_zoo import Entry, eagerly, gpt2, llama, mixtral, tokens
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -20,13 +20,14 @@ import int8compile
 ENTRIES = {
     "Llama": Entry("Llama", lambda: llama(layers=1), dict, 7),
     "GPT-2": Entry("GPT-2", lambda: gpt2(layers=1), dict, 4),
+    "Mixtral": Entry("Mixtral", lambda: mixtral(layers=1), dict, 6),  # q k v o, gate_up down of the experts
 }
 
 # (length of the prompt, new tokens): both change, so that static caches and masks do, and graphs must be made anew.
 LENGTHS = ((5, 8), (9, 12))
 
 # Prompts for which int8 and float choose different tokens somewhere, and no choice of the emulation is close.
-SEEDS = {"Llama": 22, "GPT-2": 25}
+SEEDS = {"Llama": 22, "GPT-2": 25, "Mixtral": 10}
 SEED_DECODING = 25
 
 # By how much, in standard deviations of the logits, a token must be ahead of the next best for the comparison to
