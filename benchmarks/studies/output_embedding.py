@@ -63,7 +63,7 @@ def main(
         "windows": len(text), "length": length, "prompts": min(prompts, len(text)), "tokens": tokens,
     }  # fmt: skip
     results = output["results"] = []
-    console = Console(highlight=False, stderr=json_file == "-")
+    console = Console(highlight=False, stderr=json_file == "-", width=100)
     with torch.no_grad(), common.progress() as progress:
         for name, options in progress.track(FORMS.items(), description=output["model"]):
             form = original if options is None else copy.deepcopy(original)

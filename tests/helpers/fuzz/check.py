@@ -31,6 +31,14 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 #: noise of more than this tells nothing
 USELESS = 0.3
 
+#: what a program is compiled with, by its seed
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"activation": "float"},
+    {"llm_int8_weight_only_modules": ["l0", "w1", "w2"]},
+)
+
 
 @dataclasses.dataclass
 class Verdict:
@@ -131,9 +139,10 @@ def _rounded_if_it_runs(program: Program, stretch: float) -> list[torch.Tensor] 
 
 
 def compiled(program: Program, module: nn.Module) -> Callable[..., Any]:
+    options = OPTIONS[program.seed % len(OPTIONS)]
     if program.inductor:
-        return torch.compile(module, backend="int8", options={"min_features": 0})
-    return compile_eager(module)
+        return torch.compile(module, backend="int8", options={"min_features": 0, **options})
+    return compile_eager(module, **options)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor, noisy: list[torch.Tensor], exact: float) -> str | None:
