@@ -109,6 +109,12 @@ def test_a_models_shapes_are_those_of_its_products_and_attentions():
     assert found == Request(((256, 512),), ((4, 2, 64),), (torch.bfloat16,))  # q, k and v as one, and out
 
 
+def test_linears_whose_weights_alone_are_int8_have_other_kernels():
+    model, options = nn.Linear(256, 512), {"min_features": 0, "activation": "float"}
+    found = request.of_model(model.requires_grad_(False), (torch.randn(2, 256),), {}, options)
+    assert found.products == ()
+
+
 def test_a_model_without_linears_asks_for_nothing():
     found = request.of_model(torch.sin, (torch.randn(3),), {}, None)
     assert (found.products, found.attentions) == ((), ())
