@@ -4,12 +4,14 @@
 //   widened  portable, avx2    any      int16 products; their only one (widened.h)
 //   dot      avxvnni           any      their only one: dot products along K, straight from the weight (vnni.h)
 //            avx512vnni, amx   few      nothing to prepare, and the weight comes from memory no faster
-//   panel    avx512vnni        64..     packs the weight, 48 columns at a time, and has no horizontal sums (panel.h)
+//   panel    avx512vnni        64..     packs the weight, 48 columns at a time, and has no horizontal sums (panel.h);
+//                              32..     where K is so deep that dot has to add up several pieces of it
 //   amx      amx               5..      packs the activation (amx.cpp); K of a fragment at least
 //
-// What was measured: avx512vnni on an Emerald Rapids, seven shapes of 576x576 to 4096x11008 on one thread and on two. The
-// panel is 0.7 to 1.0 times as fast as dot at 16 rows, 0.8 to 1.1 at 32, 0.95 to 1.2 at 64 and 1.0 to 1.4 at 128. The rows
-// of amx are an estimate. `int8compile tune` measures on the machine at hand.
+// What was measured: avx512vnni on an Emerald Rapids, shapes of 576x576 to 4096x11008. On one thread and on two the panel
+// was 0.7 to 1.0 times as fast as dot at 16 rows, 0.8 to 1.1 at 32, 0.95 to 1.2 at 64 and 1.0 to 1.4 at 128; on one alone,
+// since its row sums come with the call, 0.93 to 1.1 at 48. 11008x4096 takes it 1.1 to 1.3 times as fast at 32 already. The
+// rows of amx are an estimate. `int8compile tune` measures on the machine at hand.
 
 #include "plan.h"
 
@@ -35,7 +37,7 @@ Method avxvnni_method(const Sizes&) {
 }
 
 Method avx512vnni_method(const Sizes& sizes) {
-  return sizes.rows >= 64 ? Method::panel : Method::dot;
+  return sizes.rows >= (sizes.k >= 10240 ? 32 : 64) ? Method::panel : Method::dot;
 }
 
 Method amx_method(const Sizes& sizes) {

@@ -301,6 +301,9 @@ def tune(
         print_json({"removed": removed and str(removed)}) if as_json else out.print(text, highlight=False)
     else:
         print_json(tuning.to_dict()) if as_json else print_tuning(tuning)
+        if tuning.unsteady:
+            err.print("int8compile: the times are too unsteady to tell anything: measure when the machine is idle")
+            raise typer.Exit(1)
 
 
 def _options(

@@ -13,7 +13,7 @@ import torch
 
 import int8compile
 from int8compile.config import cache_folder, cpu_isa
-from int8compile.errors import KernelBuildError
+from int8compile.errors import KernelBuildError, OptionValueError
 from int8compile.native import builder, libraries, library_cache, loader, providers, tuned
 
 _OPTIONAL = ("transformers", "peft", "accelerate", "triton")
@@ -112,7 +112,10 @@ def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 
 def _tuned() -> dict[str, Any]:
     """The tuned table in use: when it was measured, for how many threads, and what it changes; or why there is none."""
-    found = tuned.inspect()
+    try:
+        found = tuned.inspect()
+    except OptionValueError as error:
+        found = tuned.Found(tuned.Table(), problem=str(error))
     changes = [
         {**dataclasses.asdict(choice), "where": dict(choice.where)}
         for choice in sorted(found.table.choices, key=lambda choice: (choice.threads, choice.tunable, choice.where))

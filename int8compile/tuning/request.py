@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from int8compile.config import WEIGHTS_ONLY
 from int8compile.errors import OptionValueError
 from int8compile.explanation import each_graph
 from int8compile.graph.capture import Capture
@@ -118,7 +119,10 @@ def _product(node: fx.Node) -> Shape | None:
     ops = torch.ops.int8compile
     if node.target not in (ops.linear.default, ops.scaled_mm.default):
         return None
-    weight = meta_tensor(arguments(node)["weight"])
+    given = arguments(node)
+    weight = meta_tensor(given["weight"])
+    if given.get("outlier_policy") == WEIGHTS_ONLY:  # multiplied by other kernels
+        return None
     if weight is None or weight.device.type != "cpu" or not all(isinstance(size, int) for size in weight.shape):
         return None
     n, k = weight.shape

@@ -21,6 +21,8 @@ from int8compile.tuning.measure import Case, Clock, Decision, Measured, decide_a
 from int8compile.tuning.request import COMMON, Request, Shape, checked_shapes, joined, of_model
 from int8compile.tuning.tunables import TUNABLES
 
+#: the part of the decisions that may be unsteady; with more, the others are not to be believed either
+_MOST_UNSTEADY = 0.25
 #: no case gets more of the time than that
 _MOST_SECONDS = 3.0
 
@@ -46,6 +48,11 @@ class Tuning:
     path: Path | None = None
 
     @property
+    def unsteady(self) -> bool:
+        """Whether too many times disagreed, as on a machine that computes something else: then nothing is kept."""
+        return sum(decision.unsteady for decision in self.decisions) > _MOST_UNSTEADY * len(self.decisions)
+
+    @property
     def changes(self) -> tuple[Decision, ...]:
         """The decisions that differ from the defaults."""
         return tuple(decision for decision in self.decisions if decision.changes)
@@ -54,7 +61,7 @@ class Tuning:
         """As JSON-able values."""
         decisions = [{**dataclasses.asdict(d), "where": dict(d.where)} for d in self.decisions]
         path = None if self.path is None else str(self.path)
-        return {**dataclasses.asdict(self), "decisions": decisions, "path": path}
+        return {**dataclasses.asdict(self), "unsteady": self.unsteady, "decisions": decisions, "path": path}
 
 
 def tune(
@@ -79,7 +86,8 @@ def tune(
         shapes: of more weights, as (K, N) = (in_features, out_features).
         threads: of torch to measure with, and for which the choices hold; by default those it has now.
         seconds: to take at most, roughly.
-        keep: write the choices into the table beside the kernels, where other processes find them.
+        keep: write the choices into the table beside the kernels, where other processes find them. They are not kept
+            where the times are so unsteady that they tell nothing.
         options: those of ``Int8Config``, for the model.
         progress: called with the name of a step, how many of its parts are done, and of how many.
 
@@ -104,7 +112,7 @@ def tune(
         tell("look at the model", 1, 1)
     with _undisturbed(threads or torch.get_num_threads()):
         tuning = run(_cases(joined(asked) if asked else COMMON), seconds, tell)
-    if not keep:
+    if not keep or tuning.unsteady:
         return tuning
     return dataclasses.replace(tuning, path=_keep(tuning))
 
@@ -155,6 +163,7 @@ def _keep(tuning: Tuning) -> Path:
         Choice(d.tunable, tuning.threads, d.where, d.choice, d.default, round(d.gain, 3)) for d in tuning.changes
     ]
     day = datetime.date.today().isoformat()
-    path = tuned.keep(choices, [(d.tunable, d.where) for d in tuning.decisions], tuning.threads, day)
+    sure = [(d.tunable, d.where) for d in tuning.decisions if not d.unsteady]
+    path = tuned.keep(choices, sure, tuning.threads, day)
     tuned.apply_to_kernels()
     return path

@@ -111,6 +111,14 @@ def test_wrong_usage_is_told(asked, arguments, code, message):
     assert result.stdout == ""
 
 
+def test_times_that_tell_nothing_are_a_failure(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune.Tuning, "unsteady", property(lambda tuning: True))
+    result = invoke(code=1)
+    assert "the times are too unsteady to tell anything" in " ".join(result.stderr.split())
+    assert "kept nothing" in result.stdout
+    assert files(tmp_path) == []
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(asked, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))

@@ -255,3 +255,8 @@ def test_doctor_tells_what_is_tuned():
     said = diagnose()
     assert "is damaged" in said["tuned"]["problem"]
     assert said["tuned"]["changes"] == []
+
+
+def test_doctor_tells_of_a_variable_that_says_nothing(monkeypatch):
+    monkeypatch.setenv("INT8COMPILE_IGNORE_TUNED", "yes")
+    assert "INT8COMPILE_IGNORE_TUNED='yes': expected 1, 0 or nothing" in diagnose()["tuned"]["problem"]

@@ -1,5 +1,6 @@
 """What is measured for, in which time, and what becomes of it; with made-up times, or the shortest there are."""
 
+import dataclasses
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from int8compile.tuning.measure import Case
 from int8compile.tuning.request import Request
 
 native = torch.ops.int8compile_native
+RUN = tune.run
 
 
 @pytest.fixture
@@ -107,6 +109,12 @@ def test_a_models_shapes_are_those_of_its_products_and_attentions():
     model = Layer().to(torch.bfloat16)
     found = request.of_model(model, (torch.randn(1, 5, 256, dtype=torch.bfloat16),), {}, {"min_features": 0})
     assert found == Request(((256, 512),), ((4, 2, 64),), (torch.bfloat16,))  # q, k and v as one, and out
+
+
+def test_linears_whose_weights_alone_are_int8_have_other_kernels():
+    model, options = nn.Linear(256, 512), {"min_features": 0, "activation": "float"}
+    found = request.of_model(model.requires_grad_(False), (torch.randn(2, 256),), {}, options)
+    assert found.products == ()
 
 
 def test_a_model_without_linears_asks_for_nothing():
@@ -212,6 +220,30 @@ def test_a_measurement_that_is_not_kept_changes_nothing(table, monkeypatch):
     assert (len(found.changes), found.path) == (1, None)
     assert not table.exists() or not list(table.glob("tuned-*"))
     assert tuned.choice("fold_queries", threads=found.threads, **choice_keys(torch.float32, 6, 2)) is None
+
+
+def test_unsteady_times_are_not_kept_and_leave_what_was_kept(table, monkeypatch):
+    where = choice_keys(torch.float32, 6, 2)
+    made = [("fold_queries", where, "folded", {"folded": 1.0, "as it is": 0.5})]
+    for noise in (1.0, 3.0):
+        cases, clock = made_up(*made)
+        if noise > 1:
+            now, turns = [0.0], [0]
+
+            def jitter(count, now=now, turns=turns):
+                turns[0] += 1
+                now[0] += count * (3.0 if turns[0] % 3 == 0 else 1.0)
+
+            cases = [
+                dataclasses.replace(case, prepare=lambda run=jitter: {"folded": run, "as it is": run}) for case in cases
+            ]
+            clock = lambda now=now: now[0]  # noqa: E731
+        monkeypatch.setattr(tune, "_cases", lambda request, cases=cases: cases)
+        monkeypatch.setattr(tune, "run", lambda *args, real=RUN, clock=clock: real(*args, clock))
+        found = int8compile.tune(threads=7)
+        assert found.unsteady == (noise > 1)
+        assert (found.path is None) == found.unsteady
+        assert tuned.choice("fold_queries", threads=7, **where) == "as it is"
 
 
 def test_after_a_failure_all_is_as_it_was(table, monkeypatch):
