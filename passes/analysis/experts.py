@@ -159,8 +159,10 @@ def _gather(node: fx.Node) -> tuple[fx.Node, Gather] | None:
         ids = rest[1]
     else:
         return None
-    found = _integers(ids)
-    return (source, Gather(node, found)) if isinstance(source, fx.Node) and found is not None else None
+    found, value = _integers(ids), meta_tensor(node)
+    if not isinstance(source, fx.Node) or found is None or value is None or value.dim() != 3:
+        return None
+    return source, Gather(node, found)
 
 
 def _integers(value: object) -> fx.Node | None:

@@ -50,8 +50,8 @@ class Verdict:
     compared: int = 0
 
 
-_PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.addmm, torch.einsum, torch._C._nn.linear}
-_METHODS = {"matmul", "mm", "addmm", "__matmul__", "linear", "einsum"}
+_PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.addmm, torch.einsum, torch._C._nn.linear, torch.bmm}
+_METHODS = {"matmul", "mm", "addmm", "__matmul__", "linear", "einsum", "bmm", "_grouped_mm"}
 
 
 class Rounded(TorchFunctionMode):

@@ -38,6 +38,7 @@ class Weights(nn.Module):
         for parameter in (*self.l0.parameters(), *self.l1.parameters(), *self.l2.parameters()):
             parameter.data = number(*parameter.shape) / 2
         self.tied = self.l0
+        self.e = nn.Parameter(number(4, K, K) / 2)
         self.to(dtype).requires_grad_(False)
 
 
@@ -87,6 +88,16 @@ LINES = {
         "q = self.l0({v}); {w}; {t} = self.l2({v}) * q.sigmoid()",
         "q = self.l0({v}); {w}; {t} = q + self.l1({v})[..., 16:]",
         "for m in (self.l0, self.l2): {t} = m({v}); {w}",
+    ],
+    "experts": [
+        "i = torch.arange({v}.numel() // 16) % 4; {t} = torch.bmm(self.e[i], {v}.reshape(-1, 16, 1)).squeeze(-1)",
+        "q = self.e[torch.arange({v}.numel() // 16) % 3 - 2]; {w}; {t} = torch.bmm({v}.reshape(-1, 1, 16), q)[:, 0]",
+        "i = torch.arange({v}.numel() // 16) % 4; q = self.e[i].mT; i *= 0; {t} = ({v}.reshape(-1, 1, 16) @ q).sum(1)",
+        "q = torch.bmm({v}.reshape(1, -1, 16).repeat(4, 1, 1), self.e.transpose(1, 2)); {w}; {t} = q[1] + q[2]",
+        "{t} = torch.einsum('sk,enk->sn', {v}.reshape(-1, 16), self.e)",
+        "assert self.e.dtype is torch.bfloat16; q = {v}.reshape(-1, 16); i = torch.arange(1, 5).int() * len(q) // 4; "
+        "{t} = torch._grouped_mm(q, self.e.mT, offs=i)",
+        "self.e.mul_(-2); q = self.e[torch.ones(3).long()]; {t} = torch.bmm(q, {v}.reshape(-1, 16, 1)[:3])[..., 0]",
     ],
     "out": [
         "{t} = torch.mm({v}.reshape(-1, 16), {s}, out=torch.empty({v}.numel() // 16, 16, dtype={v}.dtype))",
@@ -169,12 +180,13 @@ LINES = {
     ],
 }
 _WEIGHTS = {"linear": 10, "several": 5, "out": 2, "write": 5, "view": 4, "reshape in place": 1, "pointwise": 3}
-_WEIGHTS |= {"cast": 1, "region": 2, "control": 2, "attention": 1}
+_WEIGHTS |= {"cast": 1, "region": 2, "control": 2, "attention": 1, "experts": 3}
 
 #: what may happen to a program's weights between two of its calls
 BETWEEN = (
     "pass",
     "self.w0.mul_(-2)",
+    "self.e.mul_(-2)",
     "self.w1.data.mul_(-2)",
     "self.w2 = nn.Parameter(self.w2 * -2, requires_grad=False)",
     "self.load_state_dict({k: v * -1 for k, v in self.state_dict().items()})",
