@@ -79,6 +79,36 @@ struct Avx512Vec {
     return {_mm512_fmadd_ps(a.v, b.v, v)};
   }
 
+  Avx512Vec operator-(Avx512Vec o) const {
+    return {_mm512_sub_ps(v, o.v)};
+  }
+
+  // The larger or smaller of each; b's where either is NaN.
+  static Avx512Vec larger(Avx512Vec a, Avx512Vec b) {
+    return {_mm512_max_ps(a.v, b.v)};
+  }
+
+  static Avx512Vec smaller(Avx512Vec a, Avx512Vec b) {
+    return {_mm512_min_ps(a.v, b.v)};
+  }
+
+  Avx512Vec rounded() const {
+    return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT)};
+  }
+
+  // Times 2^power.
+  Avx512Vec times_two_to(Avx512Vec power) const {
+    return {_mm512_scalef_ps(v, power.v)};
+  }
+
+  float largest() const {
+    return _mm512_reduce_max_ps(v);
+  }
+
+  float total() const {
+    return _mm512_reduce_add_ps(v);
+  }
+
   // The larger magnitude of each; NaN is larger than anything, as its bits are.
   static Avx512Vec max_magnitude(Avx512Vec a, Avx512Vec b) {
     return {_mm512_castsi512_ps(_mm512_max_epi32(magnitude(a.v), magnitude(b.v)))};

@@ -5,11 +5,13 @@
 ``scaled_mm``         the product of an activation that is quantised already, outlier product included
 ``quantize_weight``   a float weight to int8 and its scales
 ``master_linear``     a linear on a float weight that trains, quantised at each call
+``attention``         attention of many queries, without a gradient
 ``input_gradient``    the gradient of an int8 linear with respect to its activation
 ``int_product``       the exact int32 product of two int8 matrices, for the reference bodies (no operator)
 ``_library``          ``define``, which registers an operator, and the checks that operators share
 """
 
+from int8compile.ops.attention import attention
 from int8compile.ops.input_gradient import input_gradient
 from int8compile.ops.linear import linear
 from int8compile.ops.master_linear import master_linear
@@ -17,4 +19,4 @@ from int8compile.ops.quantize_rowwise import quantize_rowwise
 from int8compile.ops.quantize_weight import quantize_weight
 from int8compile.ops.scaled_mm import scaled_mm
 
-__all__ = ["input_gradient", "linear", "master_linear", "quantize_rowwise", "quantize_weight", "scaled_mm"]
+__all__ = ["attention", "input_gradient", "linear", "master_linear", "quantize_rowwise", "quantize_weight", "scaled_mm"]
