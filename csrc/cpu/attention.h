@@ -3,10 +3,11 @@
 // As in kernels.h, an instruction set supplies functions over plain pointers, each for one thread and one block of
 // queries; what is above them (threads, scratch memory, what a mask says of each block) is attention.cpp.
 //
-// A score costs 2 D multiplications, D a head's width. With D = 64 that is 8 instructions of 16 lanes: 4 cycles of two
-// FMA units, 2.7 where a bfloat16 product has 1.5 times an FMA's time, and the exponential with all that is around it 1.
-// PyTorch's kernel took 6 (float32) and 10 (bfloat16) on the Emerald Rapids where this was written, masked scores
-// included. So what there is to win is what a mask rules out, and bfloat16.
+// The floor: a score costs 2 D multiplications, D a head's width. With D = 64 that is 8 instructions of 16 lanes, 4 cycles
+// of two FMA units, and 1 more for the exponential with all that is around it. On the Emerald Rapids where this was
+// written the products run at that floor and are two thirds of the time. PyTorch's kernel takes 6 cycles (float32) to 10
+// (bfloat16) a score there, hidden ones included. So what there is to win is what a mask hides, and the 16-bit dtypes.
+// bfloat16's own dot products are worth less than widening to float32 there: attention_providers.cpp.
 
 #pragma once
 

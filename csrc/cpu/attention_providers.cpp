@@ -28,7 +28,18 @@ struct Entry {
   const AttentionKernels* kernels;
   Level level;
   bool usable;
+  bool wanted;  // unless it is asked for
 };
+
+// A dot product of pairs takes as long as four products of floats on an Emerald Rapids, where it was timed.
+bool pairs_are_fast() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 // Best first; the last runs everywhere and takes every dtype.
 const Entry (&entries())[4] {
@@ -37,10 +48,10 @@ const Entry (&entries())[4] {
   };
   static const CpuFeatures& cpu = cpu_features();
   static const Entry table[4] = {
-      {avx512bf16_attention(), kAvx512, usable(avx512bf16_attention(), cpu.avx512bf16)},
-      {avx512_attention(), kAvx512, usable(avx512_attention(), cpu.avx512vnni)},
-      {avx2_attention(), kAvx2, usable(avx2_attention(), cpu.avx2)},
-      {portable_attention(), kAnyCpu, true},
+      {avx512bf16_attention(), kAvx512, usable(avx512bf16_attention(), cpu.avx512bf16), pairs_are_fast()},
+      {avx512_attention(), kAvx512, usable(avx512_attention(), cpu.avx512vnni), true},
+      {avx2_attention(), kAvx2, usable(avx2_attention(), cpu.avx2), true},
+      {portable_attention(), kAnyCpu, true, true},
   };
   return table;
 }
@@ -86,7 +97,7 @@ const AttentionKernels& attention_kernels(Float type) {
   }
   const Level most = level_of(kernels());
   for (const Entry& entry : entries()) {
-    if (entry.usable && entry.level <= most && entry.kernels->takes(type)) {
+    if (entry.usable && entry.wanted && entry.level <= most && entry.kernels->takes(type)) {
       return *entry.kernels;
     }
   }

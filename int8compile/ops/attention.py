@@ -1,7 +1,7 @@
 """``attention``: softmax(scale * query key^T + mask) value, for inference with many queries on CPUs.
 
-PyTorch's ``scaled_dot_product_attention``, which is the reference, with fewer liberties: no dropout, no broadcast batch,
-a scale that is given, and no gradient. Query heads share key/value heads in groups: head h reads key/value head
+PyTorch's ``scaled_dot_product_attention``, which is the reference, with fewer liberties: no dropout, no broadcast
+batch, a scale that is given, and no gradient. Query heads share key/value heads in groups: head h reads key/value head
 h // (H // Hkv).
 
 Native kernels (``csrc/cpu/attention.h``) leave out what a mask hides where that changes nothing: infinite and NaN keys
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from int8compile.limits import FLOAT_DTYPES
 from int8compile.ops._library import LIBRARY, check, define
+from int8compile.torch_internals.operators import below_autograd
 
 
 def _check(
@@ -35,12 +36,14 @@ def _check(
     check(fits and _goes_with(key, query), op, f"key is {_kind(key)}; for query {_kind(query)} expected {expected}")
     fits = value.dim() == 4 and tuple(value.shape[:3]) == tuple(key.shape[:3])
     expected = "[B, Hkv, N, Dv] of its dtype, as key is"
-    check(fits and _goes_with(value, query), op, f"value is {_kind(value)}; for query {_kind(query)} expected {expected}")
+    check(
+        fits and _goes_with(value, query), op, f"value is {_kind(value)}; for query {_kind(query)} expected {expected}"
+    )
     if mask is None:
         return
     check(not is_causal, op, "is_causal=True and a mask; expected one of the two")
     sizes = (batch, heads, queries, key.shape[2])
-    fits = 2 <= mask.dim() <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], sizes[::-1], strict=False))
+    fits = 2 <= mask.dim() <= 4 and all(m in (n, 1) for m, n in zip(mask.shape[::-1], sizes[::-1], strict=False))
     check(
         fits and mask.dtype in (torch.bool, query.dtype) and mask.device == query.device,
         op,
@@ -105,7 +108,7 @@ def _without_gradient(
             "int8compile::attention has no gradient, and an operand needs one; call it under torch.no_grad(), "
             "or torch.nn.functional.scaled_dot_product_attention"
         )
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return attention(query, key, value, mask, scale, is_causal)
 
 

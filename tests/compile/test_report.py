@@ -103,7 +103,14 @@ def test_disabled_passes_are_reported():
         assert [s.reason for s in report.sites] == [Reason.DISABLED] * 4
     merged = explain(Stack(), X, disable_passes=["share", "merge", "verify"])
     assert merged.rewritten == 3
-    assert set(merged.graphs[0].pass_counts) == {"expand", "group_heads", "fold_queries", "normalize", "quantize"}
+    assert set(merged.graphs[0].pass_counts) == {
+        "expand",
+        "group_heads",
+        "attend",
+        "fold_queries",
+        "normalize",
+        "quantize",
+    }
 
 
 def test_last_report_is_that_of_the_latest_model_with_all_its_graphs():

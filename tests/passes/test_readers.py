@@ -117,7 +117,17 @@ return (%12, %9, %14)
 
 def test_the_order_of_the_pipeline():
     names = [p.__name__ for p in PIPELINE]
-    assert names == ["expand", "group_heads", "fold_queries", "normalize", "quantize", "merge", "share", "verify"]
+    assert names == [
+        "expand",
+        "group_heads",
+        "attend",
+        "fold_queries",
+        "normalize",
+        "quantize",
+        "merge",
+        "share",
+        "verify",
+    ]
 
 
 @pytest.mark.parametrize(
