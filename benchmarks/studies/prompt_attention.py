@@ -4,8 +4,8 @@
 
 Each call in turns: PyTorch's, int8compile's kernels by name (``--kernels``), and for one query over grouped heads
 PyTorch's with the heads of a group as rows (``folded``, the pass ``fold_queries``). The results of this study are the
-table in ``int8compile/native/attention.py``. To compare on a CPU with AVX512 as if it had AVX2 alone, also PyTorch has to
-be told: ``ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2``.
+table in ``int8compile/native/attention.py``. On a CPU with AVX512, PyTorch keeps to AVX2 by
+``ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2``; with ``--kernels avx2``.
 """
 
 from __future__ import annotations
