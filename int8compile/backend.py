@@ -162,7 +162,8 @@ def announce(report: GraphReport) -> None:
     elif trainable:
         log.warning("int8: %s. %d TRAINABLE: %s", whole.summary(), trainable, Reason.TRAINABLE.value)
     elif report.sites:
-        attentions = f", {whole.attentions} attentions by int8compile's kernels" if whole.attentions else ""
+        count = whole.attentions
+        attentions = f", {count} attention{'s' * (count != 1)} by int8compile's kernels" if count else ""
         log.info("int8: %s%s", whole.summary(), attentions)
     so_far = session.last_report()
     if so_far is not None and so_far.unmatched and report.graph_break is None:

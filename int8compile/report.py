@@ -221,7 +221,7 @@ class Report:
         for graph_break in self.breaks:
             yield f"  break at {graph_break.location}: {graph_break.reason.splitlines()[0]}"
         if self.attentions:
-            yield f"attention by int8compile's kernels: {self.attentions} calls"
+            yield f"attention by int8compile's kernels: {self.attentions} call{'s' * (self.attentions != 1)}"
         before, after = self.weight_bytes_before, self.weight_bytes_after
         if before:
             yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"

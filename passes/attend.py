@@ -18,7 +18,7 @@ import numbers
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from int8compile.graph.dump import meta_tensor
 from int8compile.limits import FLOAT_DTYPES
@@ -72,12 +72,13 @@ def _is_served(call: AttentionCall, sizes: Sizes) -> bool:
 
 
 def _is_mask(node: object, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Whether a mask is one that the operator takes; asks for a guard where its sizes are symbols of their own."""
     mask = meta_tensor(node) if isinstance(node, fx.Node) else None
     if mask is None or mask.dtype not in (torch.bool, dtype) or mask.device.type != "cpu" or not 2 <= mask.dim() <= 4:
         return False
     whole = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
     pairs = zip(mask.shape[::-1], whole[::-1], strict=False)
-    return all(statically_known_true(m == n) or statically_known_true(m == 1) for m, n in pairs)
+    return all(statically_known_true(m == 1) or guard_or_false(m == n) for m, n in pairs)
 
 
 def _is_faster(call: AttentionCall, sizes: Sizes) -> bool:

@@ -68,7 +68,8 @@ def plain_sizes(call: AttentionCall) -> Sizes | None:
         return None
     if heads != kv_heads and not (call.given["enable_gqa"] and heads % kv_heads == 0):
         return None
-    same = ((query[0], key[0]), (query[0], value[0]), (query[3], key[3]), (key[2], value[2]))
-    if not all(statically_known_true(a == b) for a, b in same):
+    # (Keys are as many as values, or the call raises; under symbolic sizes nobody need have compared them yet.)
+    same = ((query[0], key[0]), (query[0], value[0]), (query[3], key[3]))
+    if statically_known_true(key[2] != value[2]) or not all(statically_known_true(a == b) for a, b in same):
         return None
     return Sizes(query[0], heads, kv_heads, query[2], key[2], query[3])
