@@ -6,9 +6,10 @@ PyTorch's CPU kernel multiplies a mask's hidden keys like all others; of a promp
 ``csrc/cpu/attention.h`` for what bounds it and ``int8compile/native/attention.py`` for where it is faster, which is
 where this pass replaces a call. The results are the same up to rounding; the result's layout in memory is as it was.
 
-Left alone: what is not measured to be faster (unless ``attention="native"``); ``attention="torch"``; graphs that the
+Left alone: what is not measured to be faster, and CPUs with so many threads that the heads of the queries keep more of
+them busy than those of keys do (both unless ``attention="native"``); ``attention="torch"``; graphs that the
 native CPU kernels do not compute; dropout; gradients and transforms of ``torch.func``; GPUs; operands of several dtypes
-(as under autocast); masks of one dimension, of another dtype or computed shape; a mask besides ``is_causal``; broadcast
+(as under autocast); masks of another dtype or number of dimensions; a mask besides ``is_causal``; broadcast
 batches and heads; a head's width that is not a number; and programs for export, which may run on another CPU.
 """
 
@@ -86,7 +87,20 @@ def _is_faster(call: AttentionCall, sizes: Sizes) -> bool:
     assert out is not None
     masked = call.given["attn_mask"] is not None or call.given["is_causal"]
     one = statically_known_true(sizes.queries == 1)
-    return is_faster(out.dtype, "one query" if one else "masked" if masked else "whole")
+    kind = "one query" if one else "masked" if masked else "whole"
+    return is_faster(out.dtype, kind) and _keeps_threads_busy(sizes)
+
+
+def _keeps_threads_busy(sizes: Sizes) -> bool:
+    """Whether the threads get about as even a share as PyTorch's, which takes each query head by itself.
+
+    Ours takes the heads of a group together, which is less work, but fewer parts. Sizes that are no numbers are a prompt's.
+    """
+    if not (isinstance(sizes.batch, int) and isinstance(sizes.queries, int)):
+        return True
+    blocks, threads = sizes.batch * -(-sizes.queries // 32), torch.get_num_threads()
+    rounds, theirs = -(-sizes.kv_heads * blocks // threads), -(-sizes.heads * blocks // threads)
+    return 4 * rounds * (sizes.heads // sizes.kv_heads) <= 5 * theirs
 
 
 def _replace(call: AttentionCall, sizes: Sizes, context: PassContext) -> bool:

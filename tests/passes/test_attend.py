@@ -132,6 +132,7 @@ def test_rows_masked_altogether_are_as_pytorch_gives_them():
 
 def test_auto_takes_what_was_measured(monkeypatch):
     loader.load("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     name = measured.kernels(torch.float32)
     monkeypatch.setattr(measured, "FASTER", {name: {"masked": (torch.float32,), "one query": (torch.float16,)}})
     one = tensors(queries=1, groups=1, dtype=torch.float16)
@@ -146,6 +147,16 @@ def test_auto_takes_what_was_measured(monkeypatch):
     assert attended(lambda q, k, v: attention(q, k, v, is_causal=True), *tensors(), attention="auto")[1] == 1
     monkeypatch.setattr(measured, "FASTER", {})
     assert attended(attention, *tensors(), MASK, attention="auto")[1] == 0
+
+
+@pytest.mark.parametrize(("threads", "changes"), [(1, 1), (2, 1), (4, 0), (64, 0)])
+def test_threads_that_would_have_nothing_to_do(monkeypatch, threads, changes):
+    loader.load("cpu")
+    monkeypatch.setattr(measured, "FASTER", {measured.kernels(torch.float32): {"masked": (torch.float32,)}})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = tensors(batch=1, heads=2, groups=4)
+    assert attended(attention, *inputs, MASK, attention="auto")[1] == changes
+    assert attended(attention, *inputs, MASK, attention="native")[1] == 1
 
 
 def test_the_table_names_kernels_kinds_and_dtypes_that_there_are():
