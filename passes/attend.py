@@ -94,7 +94,8 @@ def _is_faster(call: AttentionCall, sizes: Sizes) -> bool:
 def _keeps_threads_busy(sizes: Sizes) -> bool:
     """Whether the threads get about as even a share as PyTorch's, which takes each query head by itself.
 
-    Ours takes the heads of a group together, which is less work, but fewer parts. Sizes that are no numbers are a prompt's.
+    Ours takes the heads of a group together, which is less work, but fewer parts. Sizes that are no numbers are
+    a prompt's.
     """
     if not (isinstance(sizes.batch, int) and isinstance(sizes.queries, int)):
         return True

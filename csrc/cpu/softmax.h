@@ -12,6 +12,7 @@ namespace int8compile {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
 // exp(x) for x <= 0, -inf included; NaN stays NaN. The relative error is below 1e-7 (1 + |x|), and what is below 2^-125
 // may be 0.
