@@ -80,16 +80,23 @@ def rewrite(
 ) -> tuple[Capture, GraphReport]:
     """Copy Dynamo's graph and run the passes on the copy."""
     captured = capture(gm, example_inputs, dynamo.fake_mode_of(map(meta_value, gm.graph.nodes)))
-    report = rewrite_capture(captured, config, provider, grad_enabled=torch.is_grad_enabled())
+    native_cpu = provider.native and provider.device == "cpu"
+    report = rewrite_capture(captured, config, provider, grad_enabled=torch.is_grad_enabled(), native_cpu=native_cpu)
     report.compile_id = dynamo.compile_id()
     graph_break = dynamo.graph_break_of(gm)
     report.graph_break = None if graph_break is None else GraphBreak(*graph_break)
     return captured, report
 
 
-def rewrite_capture(captured: Capture, config: Int8Config, provider: Provider, *, grad_enabled: bool) -> GraphReport:
-    """Run the passes on a captured graph, a copy of Dynamo's or an exported one."""
-    context = PassContext(captured, config, grad_enabled=grad_enabled)
+def rewrite_capture(
+    captured: Capture, config: Int8Config, provider: Provider, *, grad_enabled: bool, native_cpu: bool = False
+) -> GraphReport:
+    """Run the passes on a captured graph, a copy of Dynamo's or an exported one.
+
+    Args:
+        native_cpu: whether the native CPU kernels compute the graph, in this process.
+    """
+    context = PassContext(captured, config, grad_enabled=grad_enabled, native_cpu=native_cpu)
     counts = run(PIPELINE, context)
     sites = complete_sites(captured.graph, context)
     return GraphReport(
@@ -155,7 +162,9 @@ def announce(report: GraphReport) -> None:
     elif trainable:
         log.warning("int8: %s. %d TRAINABLE: %s", whole.summary(), trainable, Reason.TRAINABLE.value)
     elif report.sites:
-        log.info("int8: %s", whole.summary())
+        count = whole.attentions
+        attentions = f", {count} attention{'s' * (count != 1)} by int8compile's kernels" if count else ""
+        log.info("int8: %s%s", whole.summary(), attentions)
     so_far = session.last_report()
     if so_far is not None and so_far.unmatched and report.graph_break is None:
         log.warning("int8: %s: %s", UNMATCHED, ", ".join(so_far.unmatched))

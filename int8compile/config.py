@@ -19,8 +19,11 @@ from int8compile.hooks import transformers_integration
 from int8compile.limits import SMALLEST_THRESHOLD
 
 #: the passes in the order they run; ``passes/__init__.py`` makes its PIPELINE of them
-PASS_NAMES = ("expand", "group_heads", "fold_queries", "normalize", "quantize", "experts", "merge", "share", "verify")
+PASS_NAMES = (
+    "expand", "group_heads", "attend", "fold_queries", "normalize", "quantize", "experts", "merge", "share", "verify"
+)  # fmt: skip
 KERNELS = ("auto", "native", "reference")
+ATTENTION = ("auto", "native", "torch")
 OUTLIER_POLICIES = ("column", "element")
 #: the outlier policy of a linear whose weight alone is int8: every column is one
 WEIGHTS_ONLY = "all"
@@ -57,7 +60,10 @@ class Int8Config:
             ``load_state_dict()`` then raise until ``int8compile.restore_weights_(model)``.
         kernels: ``"auto"`` takes native kernels where there are some and the reference otherwise,
             ``"native"`` insists on them, ``"reference"`` never builds anything.
-        disable_passes: names of passes to leave out, of expand, group_heads, fold_queries, normalize, quantize,
+        attention: what computes attention on CPUs, without gradients: ``"auto"`` takes ``int8compile::attention`` where
+            it was measured to be faster than PyTorch's on this kind of CPU, ``"native"`` wherever it can be taken, and
+            ``"torch"`` nowhere. Exported programs, which may run on another CPU, keep PyTorch's.
+        disable_passes: names of passes to leave out, of expand, group_heads, attend, fold_queries, normalize, quantize,
             experts, merge, share, verify.
         mode: as ``torch.compile``'s own ``mode``, which cannot be given together with options.
         inductor: inductor's own options, passed on as they are.
@@ -77,6 +83,7 @@ class Int8Config:
     skip_output_embeddings: bool = True
     release_weights: bool = False
     kernels: str = "auto"
+    attention: str = "auto"
     disable_passes: tuple[str, ...] = ()
     mode: str | None = None
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,6 +112,9 @@ class Int8Config:
             raise OptionValueError("outlier_policy", WEIGHTS_ONLY, expected)
         _one_of("outlier_policy", self.outlier_policy, OUTLIER_POLICIES)
         _one_of("kernels", self.kernels, KERNELS)
+        _one_of("attention", self.attention, ATTENTION)
+        if self.attention == "native" and self.kernels == "reference":
+            raise OptionValueError("attention", "native", "'auto' or 'torch', as kernels='reference' builds no kernels")
         for name in self.disable_passes:
             if name not in PASS_NAMES:
                 raise OptionValueError("disable_passes", name, "names among " + ", ".join(PASS_NAMES))

@@ -153,6 +153,11 @@ class Report:
         return sum(site.rewritten for site in self.sites)
 
     @property
+    def attentions(self) -> int:
+        """Calls of PyTorch's attention that became ``int8compile.attention``."""
+        return sum(graph.pass_counts.get("attend", 0) for graph in self.graphs)
+
+    @property
     def breaks(self) -> list[GraphBreak]:
         return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
 
@@ -213,6 +218,7 @@ class Report:
             "weight_bytes_before": self.weight_bytes_before,
             "weight_bytes_after": self.weight_bytes_after,
             "providers": self.providers,
+            "attentions": self.attentions,
             "unmatched": self.unmatched,
         }
 
@@ -231,6 +237,8 @@ class Report:
         yield f"{graphs if compiled else ''}kernels: {', '.join(self.providers) or 'none'}"
         for graph_break in self.breaks:
             yield f"  break at {graph_break.location}: {graph_break.reason.splitlines()[0]}"
+        if self.attentions:
+            yield f"attention by int8compile's kernels: {self.attentions} call{'s' * (self.attentions != 1)}"
         before, after = self.weight_bytes_before, self.weight_bytes_after
         if before:
             yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"

@@ -2,6 +2,7 @@
 
 ``expand``        PyTorch's fused attention calls become the operations they stand for
 ``group_heads``   attention reads each key/value head once, not a copy for each query head
+``attend``        attention of many queries becomes ``int8compile.attention`` where that is faster
 ``fold_queries``  attention of one query reads the query heads of a group as rows
 ``normalize``     every form of a linear becomes one canonical node
 ``quantize``      each eligible linear becomes ``int8compile.linear``, each other gets a Reason
@@ -14,6 +15,7 @@ A pass only rewrites: removing what became dead, linting, timing and logging are
 """
 
 from int8compile.config import PASS_NAMES
+from int8compile.passes.attend import attend
 from int8compile.passes.context import PassContext
 from int8compile.passes.expand import expand
 from int8compile.passes.experts import experts
@@ -32,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = tuple(globals()[name] for name in PASS_NAMES)
 __all__ = [
     "PIPELINE",
     "PassContext",
+    "attend",
     "expand",
     "experts",
     "fold_queries",

@@ -24,6 +24,7 @@ class PassContext:
         capture: the graph's inputs and lifted weights.
         config: the user's options.
         grad_enabled: whether gradients are recorded where the graph begins.
+        native_cpu: whether the native CPU kernels are loaded and compute the graph, in this process.
         sites: one for each linear, written by ``normalize`` and ``quantize``.
         unread: the user's own nodes whose results nothing reads, which stay as they are.
     """
@@ -31,6 +32,7 @@ class PassContext:
     capture: Capture
     config: Int8Config
     grad_enabled: bool = False
+    native_cpu: bool = False
     sites: dict[fx.Node, Site] = dataclasses.field(default_factory=dict)
     unread: set[fx.Node] = dataclasses.field(init=False)
 

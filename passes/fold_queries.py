@@ -29,10 +29,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from int8compile.cpuinfo import cpu_says
 from int8compile.graph.dump import meta_tensor
 from int8compile.native import tuned
-from int8compile.passes.analysis import Effects, regions, transformed
-from int8compile.passes.analysis.arguments import arguments
+from int8compile.passes.analysis import Effects
+from int8compile.passes.analysis.attentions import AttentionCall, attention_calls, only_values_matter, plain_sizes
 from int8compile.passes.context import PassContext
-from int8compile.passes.group_heads import ATTENTION
 
 aten = torch.ops.aten
 
@@ -43,16 +42,14 @@ AS_IT_IS, FOLDED, TWO_ROWS = "as it is", "folded", "two rows"
 
 
 def fold_queries(graph: fx.Graph, context: PassContext) -> int:
-    where, left = regions(graph, context.grad_enabled), transformed(graph)
-    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in ATTENTION]
-    nodes = [n for n in nodes if not where[n][1] and n not in left and n.users]
-    effects = Effects(graph) if nodes else None
+    calls = attention_calls(graph, context)
+    effects = Effects(graph) if calls else None
     changes = 0
-    for node in nodes:
-        if effects is None or any(map(effects.reshaped, [node, *node.all_input_nodes])):
+    for call in calls:
+        node, given = call
+        if effects is None or not only_values_matter(call, effects):
             continue
-        given = arguments(node)
-        groups = _groups(node, given)
+        groups = _groups(call)
         form = AS_IT_IS if groups is None else _form(node, groups)
         if groups is None or form == AS_IT_IS or not _takes_rows(given["attn_mask"], node):
             continue
@@ -62,23 +59,12 @@ def fold_queries(graph: fx.Graph, context: PassContext) -> int:
     return changes
 
 
-def _groups(node: fx.Node, given: dict[str, Any]) -> int | None:
+def _groups(call: AttentionCall) -> int | None:
     """How many query heads share a key/value head, one or more; None where this is no attention of one query."""
-    tensors = [meta_tensor(given[name]) if given else None for name in ("query", "key", "value")]
-    out = meta_tensor(node)
-    if out is None or out.device.type != "cpu" or any(t is None or t.dim() != 4 for t in tensors):
+    sizes = plain_sizes(call)
+    if sizes is None or call.given["is_causal"] or not statically_known_true(sizes.queries == 1):
         return None
-    if given["is_causal"] or given["dropout_p"] != 0:
-        return None
-    query, key, value = (t.shape for t in tensors if t is not None)
-    if not statically_known_true(query[2] == 1):
-        return None
-    heads, kv_heads = query[1], key[1]
-    if not (isinstance(heads, int) and isinstance(kv_heads, int) and value[1] == kv_heads and 0 < kv_heads <= heads):
-        return None
-    batches = all(statically_known_true(query[0] == shape[0]) for shape in (key, value))  # none is broadcast
-    takes = heads == kv_heads or (given["enable_gqa"] and heads % kv_heads == 0)
-    return heads // kv_heads if batches and takes else None
+    return sizes.heads // sizes.kv_heads
 
 
 def _form(node: fx.Node, groups: int) -> str:

@@ -17,14 +17,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph.dump import meta_tensor, meta_value
-from int8compile.passes.analysis import Effects, regions, transformed
+from int8compile.passes.analysis import Effects
 from int8compile.passes.analysis.arguments import arguments
+from int8compile.passes.analysis.attentions import attention_calls
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
 
-#: the calls of PyTorch's attention
-ATTENTION = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
 _RESHAPE = {"reshape", "view", torch.reshape, aten.reshape.default, aten.view.default}
 _EXPAND = {"expand", aten.expand.default}
 
@@ -37,16 +36,10 @@ class _Copies(NamedTuple):
 
 
 def group_heads(graph: fx.Graph, context: PassContext) -> int:
-    where, left = regions(graph, context.grad_enabled), transformed(graph)
     found = []
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in ATTENTION or where[node][1] or node in left:
-            continue
-        value, given = meta_tensor(node), arguments(node)
-        if value is None or value.device.type != "cpu" or not given or given["enable_gqa"]:
-            continue
+    for node, given in attention_calls(graph, context):
         copies = [c for c in (_copies(given["key"]), _copies(given["value"])) if c]
-        if len(copies) == 2:
+        if len(copies) == 2 and not given["enable_gqa"]:
             found.append((node, copies))
     effects = context.effects() if found else None
     found = [(node, copies) for node, copies in found if effects and all(_same(c, node, effects) for c in copies)]

@@ -80,6 +80,7 @@ int8compile::CpuFeatures int8compile::features_of(const CpuWords& words, bool (*
   found.avxvnni = found.avx2 && bit(words.leaf7_1_a, 4);
   found.avx512vnni = found.avx2 && zmm && bit(words.leaf7_b, 16) && bit(words.leaf7_b, 30) && bit(words.leaf7_b, 31) &&
       bit(words.leaf7_c, 11);
+  found.avx512bf16 = found.avx512vnni && bit(words.leaf7_1_a, 5);
   found.amx_int8 = found.avx512vnni && tiles && bit(words.leaf7_d, 24) && bit(words.leaf7_d, 25) && may_use_tiles();
   return found;
 }

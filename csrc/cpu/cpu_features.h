@@ -10,6 +10,7 @@ struct CpuFeatures {
   bool avx2 = false;  // with FMA and F16C
   bool avxvnni = false;  // int8 dot products on AVX2's registers
   bool avx512vnni = false;  // with F, BW and VL
+  bool avx512bf16 = false;  // bfloat16 dot products, besides avx512vnni
   bool amx_int8 = false;  // besides avx512vnni; the operating system has given its leave
 };
 

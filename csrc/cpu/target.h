@@ -38,6 +38,7 @@
 #endif
 
 #define INT8COMPILE_INLINE inline __attribute__((always_inline))
+#define INT8COMPILE_INLINE_LAMBDA __attribute__((always_inline))
 
 // Before a loop over an array of registers: unrolled early enough, the array is in registers.
 #define INT8COMPILE_UNROLL _Pragma("GCC unroll 24")

@@ -100,6 +100,42 @@ struct Avx2Vec {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
   }
 
+  Avx2Vec operator-(Avx2Vec o) const {
+    return {_mm256_sub_ps(v, o.v)};
+  }
+
+  // The larger or smaller of each; b's where either is NaN.
+  static Avx2Vec larger(Avx2Vec a, Avx2Vec b) {
+    return {_mm256_max_ps(a.v, b.v)};
+  }
+
+  static Avx2Vec smaller(Avx2Vec a, Avx2Vec b) {
+    return {_mm256_min_ps(a.v, b.v)};
+  }
+
+  Avx2Vec rounded() const {
+    return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+
+  // Times 2^power, for numbers near 1 and whole powers up to 0: 0 where that is not a normal number.
+  Avx2Vec times_two_to(Avx2Vec power) const {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(power.v), 23);
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponent));
+    return {_mm256_andnot_ps(_mm256_cmp_ps(power.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), scaled)};
+  }
+
+  float largest() const {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  float total() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
   // The larger magnitude of each; NaN is larger than anything, as its bits are.
   static Avx2Vec max_magnitude(Avx2Vec a, Avx2Vec b) {
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);

@@ -95,6 +95,38 @@ struct Avx512Vec {
     _mm_storeu_ps(to, _mm512_castps512_ps128(one));
   }
 
+  Avx512Vec operator-(Avx512Vec o) const {
+    return {_mm512_sub_ps(v, o.v)};
+  }
+
+  // The larger or smaller of each; b's where either is NaN.
+  static Avx512Vec larger(Avx512Vec a, Avx512Vec b) {
+    return {_mm512_max_ps(a.v, b.v)};
+  }
+
+  static Avx512Vec smaller(Avx512Vec a, Avx512Vec b) {
+    return {_mm512_min_ps(a.v, b.v)};
+  }
+
+  Avx512Vec rounded() const {
+    return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT)};
+  }
+
+  // Times 2^power, for numbers near 1 and whole powers up to 0: 0 where that is not a normal number (the instruction
+  // would round it, which takes a hundred times as long).
+  Avx512Vec times_two_to(Avx512Vec power) const {
+    const __mmask16 normal = _mm512_cmp_ps_mask(power.v, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+    return {_mm512_maskz_scalef_ps(normal, v, power.v)};
+  }
+
+  float largest() const {
+    return _mm512_reduce_max_ps(v);
+  }
+
+  float total() const {
+    return _mm512_reduce_add_ps(v);
+  }
+
   // The larger magnitude of each; NaN is larger than anything, as its bits are.
   static Avx512Vec max_magnitude(Avx512Vec a, Avx512Vec b) {
     return {_mm512_castsi512_ps(_mm512_max_epi32(magnitude(a.v), magnitude(b.v)))};

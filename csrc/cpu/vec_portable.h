@@ -144,6 +144,46 @@ struct PortableVec {
     }
   }
 
+  PortableVec operator-(const PortableVec& o) const {
+    return make([&](int i) { return lane[i] - o.lane[i]; });
+  }
+
+  // The larger or smaller of each; b's where either is NaN, as the instructions have it.
+  static PortableVec larger(const PortableVec& a, const PortableVec& b) {
+    return make([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+
+  static PortableVec smaller(const PortableVec& a, const PortableVec& b) {
+    return make([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+
+  // To the nearest integer; magnitudes of 2^22 and more need not stay what they are.
+  PortableVec rounded() const {
+    const float shift = 0x1.8p23f;
+    return make([&](int i) { return (lane[i] + shift) - shift; });
+  }
+
+  // Times 2^power, for numbers near 1 and whole powers up to 0: 0 where that is not a normal number.
+  PortableVec times_two_to(const PortableVec& power) const {
+    return make([&](int i) {
+      const float p = power.lane[i] > -127.0f ? power.lane[i] : -127.0f;
+      const float scaled = lane[i] * bits_as<float>(uint32_t(int32_t(p) + 127) << 23);
+      return power.lane[i] < -125.0f ? 0.0f : scaled;
+    });
+  }
+
+  float largest() const {
+    float most = lane[0];
+    for (int i = 1; i < 8; ++i) {
+      most = lane[i] > most ? lane[i] : most;
+    }
+    return most;
+  }
+
+  float total() const {
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  }
+
   // The larger magnitude of each; NaN is larger than anything, as its bits are.
   static PortableVec max_magnitude(const PortableVec& a, const PortableVec& b) {
     return make([&](int i) {

@@ -17,6 +17,7 @@ constexpr const char* kSchemas[] = {
     "quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     "scaled_mm(Tensor codes, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal=False) -> Tensor",
     "input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
     "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, float threshold, "
     "str outlier_policy=\"column\") -> Tensor",

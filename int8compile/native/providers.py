@@ -23,10 +23,11 @@ def wanted() -> list[str]:
 
 
 class Provider(NamedTuple):
-    """What computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``."""
+    """What computes the int8 products: ``native avx2 (cpu)``, ``reference (cuda)``; for which device, if native."""
 
     name: str
     native: bool
+    device: str | None = None
 
 
 def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> Provider:
@@ -55,7 +56,7 @@ def choose_provider(kernels: str, example_inputs: Sequence[Any]) -> Provider:
             raise
         warn_once(f"int8: {error.args[0].splitlines()[0]}; the slower reference operators are used instead")
         return reference
-    return Provider(f"native {_kernel_set(device)} ({device})", native=True)
+    return Provider(f"native {_kernel_set(device)} ({device})", native=True, device=device)
 
 
 def _kernel_set(device: str) -> str:

@@ -18,6 +18,7 @@ from int8compile.torch_internals.tensors import is_fake
 
 #: functions written in Python whose only effects are those of the operators that they call
 _PYTHON_FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._tensor", "_operator")
+below_autograd: Callable[[], contextlib.AbstractContextManager[None]] = torch._C._AutoDispatchBelowAutograd
 _GET_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 
 

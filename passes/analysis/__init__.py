@@ -3,6 +3,7 @@
 ``effects``    which memory each node reads, writes and hands on
 ``regions``    under which switches (gradients, autocast, transforms of torch.func) each node stands
 ``arguments``  a call's arguments by the names in its operator's schema
+``attentions`` which calls of PyTorch's attention may get another form
 ``linears``    which nodes compute a linear, in the forms that ``normalize`` lists
 ``experts``    which nodes multiply by experts' weights, and which linears choose among experts
 ``fused``      PyTorch's fused attention calls, and what they compute

@@ -62,7 +62,7 @@ def test_unknown_option_suggests_the_nearest():
         ({"kernels": "fast"}, "expected one of 'auto', 'native', 'reference'"),
         (
             {"disable_passes": ["merg"]},
-            "disable_passes='merg': expected names among expand, group_heads, fold_queries, normalize",
+            "disable_passes='merg': expected names among expand, group_heads, attend, fold_queries, normalize",
         ),
         ({"mode": "fast"}, "expected one of 'default'"),
         ({"inductor": ["max_autotune"]}, "expected a dict of inductor's own options"),

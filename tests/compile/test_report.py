@@ -103,7 +103,7 @@ def test_disabled_passes_are_reported():
         assert [s.reason for s in report.sites] == [Reason.DISABLED] * 4
     merged = explain(Stack(), X, disable_passes=["share", "merge", "verify"])
     assert merged.rewritten == 3
-    passes = {"expand", "group_heads", "fold_queries", "normalize", "quantize", "experts"}
+    passes = {"expand", "group_heads", "attend", "fold_queries", "normalize", "quantize", "experts"}
     assert set(merged.graphs[0].pass_counts) == passes
 
 

@@ -16,19 +16,12 @@ from kernel_programs import Mistake, Recipe, link, run
 EMULATED = Recipe(
     flags=("-Og", "-DINT8COMPILE_EMULATED_ISA", f"-I{HELPERS / 'emulated_isa'}"),
     names=(
-        "amx",
-        "avx512vnni",
-        "avxvnni",
-        "plan",
-        "product",
-        "weight_only",
-        "portable",
-        "providers",
-        "selfcheck",
-        "cpu_features",
+        "amx", "avx512vnni", "avxvnni", "plan", "product", "weight_only", "portable", "providers", "selfcheck",
+        "cpu_features", "attention", "attention_check", "attention_portable", "attention_avx2", "attention_avx512",
+        "attention_avx512bf16",
     ),
-    plain=("plan", "portable", "providers", "selfcheck", "cpu_features"),
-)
+    plain=("plan", "portable", "providers", "selfcheck", "cpu_features", "attention_check", "attention_portable"),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +39,7 @@ ISAS = ("portable", "avxvnni", "avx512vnni", "amx")
 
 def test_providers_compute_what_the_portable_one_does(program):
     checks = [("kernels", isa) for isa in reversed(ISAS)] + [("product", isa) for isa in ISAS] + [("selfcheck",)]
+    checks += [("attention", name) for name in ("avx512", "avx512bf16", "portable")]
     with ThreadPoolExecutor(2) as pool:
         for check, done in zip(checks, pool.map(lambda words: run(program, *words), checks), strict=True):
             assert (done.returncode, done.stdout) == (0, "right\n"), (check, done.stdout, done.stderr)

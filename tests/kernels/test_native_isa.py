@@ -17,7 +17,8 @@ NATIVE = Recipe(
     flags=("-O1", "-Wno-error"),  # GCC warns of its own <immintrin.h>
     names=(
         "amx", "avx512vnni", "avxvnni", "avx2", "portable", "plan", "product", "weight_only", "providers",
-        "selfcheck", "cpu_features",
+        "selfcheck", "cpu_features", "attention", "attention_check", "attention_portable", "attention_avx2",
+        "attention_avx512", "attention_avx512bf16",
     ),
 )  # fmt: skip
 

@@ -117,8 +117,8 @@ return (%12, %9, %14)
 
 def test_the_order_of_the_pipeline():
     names = [p.__name__ for p in PIPELINE]
-    first, last = ["expand", "group_heads", "fold_queries", "normalize"], ["merge", "share", "verify"]
-    assert names == [*first, "quantize", "experts", *last]
+    first = ["expand", "group_heads", "attend", "fold_queries", "normalize"]
+    assert names == [*first, "quantize", "experts", "merge", "share", "verify"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@
 #include "tiles.h"
 
 #define _CMP_UNORD_Q 3
+#define _CMP_NLT_UQ 21
 #define _CMP_GE_OQ 29
 #define _MM_FROUND_TO_NEAREST_INT 0
 #define _MM_HINT_T0 3
@@ -281,6 +282,76 @@ inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
   return emulated::make<float, __m512>([&](int i) { return a.lane<float>(i) + b.lane<float>(i); });
 }
 
+inline __m512 _mm512_sub_ps(__m512 a, __m512 b) {
+  return emulated::make<float, __m512>([&](int i) { return a.lane<float>(i) - b.lane<float>(i); });
+}
+
+// b's where either is NaN.
+inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
+  return emulated::make<float, __m512>(
+      [&](int i) { return a.lane<float>(i) > b.lane<float>(i) ? a.lane<float>(i) : b.lane<float>(i); });
+}
+
+inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
+  return emulated::make<float, __m512>(
+      [&](int i) { return a.lane<float>(i) < b.lane<float>(i) ? a.lane<float>(i) : b.lane<float>(i); });
+}
+
+inline __m512 _mm512_roundscale_ps(__m512 v, int how) {
+  emulated::require(how == _MM_FROUND_TO_NEAREST_INT, "_mm512_roundscale_ps: a rounding not emulated");
+  return emulated::make<float, __m512>([&](int i) { return std::nearbyint(v.lane<float>(i)); });
+}
+
+inline __m512 _mm512_maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
+  return emulated::make<float, __m512>([&](int i) {
+    const float power = std::floor(b.lane<float>(i));
+    return !(mask >> i & 1) ? 0.0f : std::isnan(power) ? power : std::ldexp(a.lane<float>(i), int(power));
+  });
+}
+
+inline float _mm512_reduce_max_ps(__m512 v) {
+  float most = v.lane<float>(0);
+  for (int i = 1; i < 16; ++i) {
+    most = most > v.lane<float>(i) ? most : v.lane<float>(i);
+  }
+  return most;
+}
+
+inline float _mm512_reduce_add_ps(__m512 v) {
+  float sum = 0;
+  for (int i = 0; i < 16; ++i) {
+    sum += v.lane<float>(i);
+  }
+  return sum;
+}
+
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
+  return emulated::make<uint8_t, __m512i>([&](int i) { return a.bytes[i] | b.bytes[i]; });
+}
+
+// 512 bits: bfloat16, of which subnormal numbers are taken for 0.
+
+inline __m256i _mm512_cvtneps_pbh(__m512 v) {
+  return emulated::make<uint16_t, __m256i>([&](int i) {
+    const uint32_t bits = v.lane<uint32_t>(i), magnitude = bits & 0x7fffffff;
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return uint16_t(magnitude > 0x7f800000 ? bits >> 16 | 0x40 : magnitude < 0x00800000 ? bits >> 16 & 0x8000 : rounded >> 16);
+  });
+}
+
+inline __m512 _mm512_dpbf16_ps(__m512 acc, __m512i a, __m512i b) {
+  const auto element = [](const __m512i& v, int i) {
+    const uint32_t bits = uint32_t(v.lane<uint16_t>(i)) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return std::fpclassify(value) == FP_SUBNORMAL ? 0.0f : value;
+  };
+  return emulated::make<float, __m512>([&](int i) {
+    const float odd = std::fma(element(a, 2 * i + 1), element(b, 2 * i + 1), acc.lane<float>(i));
+    return std::fma(element(a, 2 * i), element(b, 2 * i), odd);
+  });
+}
+
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
   return emulated::make<float, __m512>([&](int i) { return a.lane<float>(i) * b.lane<float>(i); });
 }
@@ -327,8 +398,9 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   for (int i = 0; i < 16; ++i) {
     const float p = a.lane<float>(i), q = b.lane<float>(i);
     const bool unordered = std::isnan(p) || std::isnan(q);
-    emulated::require(how == _CMP_UNORD_Q || how == _CMP_GE_OQ, "_mm512_cmp_ps_mask: a comparison not emulated");
-    mask |= unsigned(how == _CMP_UNORD_Q ? unordered : !unordered && p >= q) << i;
+    emulated::require(
+        how == _CMP_UNORD_Q || how == _CMP_NLT_UQ || how == _CMP_GE_OQ, "_mm512_cmp_ps_mask: a comparison not emulated");
+    mask |= unsigned(how == _CMP_UNORD_Q ? unordered : how == _CMP_NLT_UQ ? !(p < q) : !unordered && p >= q) << i;
   }
   return __mmask16(mask);
 }

@@ -4,6 +4,7 @@
 //                        exactly the right size; and which method is taken when
 //   check product NAME   whole calls through product.cpp, with threads
 //   check here           both, for every provider that this machine has; prints their names
+//   check attention NAME whole calls of a set of kernels of attention, with threads, against plain loops
 //   check features       what is made of CPUs' answers, of those that have an instruction set and those that have not
 //   check selfcheck      that the self-check passes right providers and rejects wrong ones
 //
@@ -15,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../../../csrc/cpu/cpu_features.h"
 #include "../../../csrc/cpu/providers.h"
 #include "../../../csrc/cpu/selfcheck.h"
 
@@ -130,9 +132,27 @@ int main(int count, char** words) {
         check_all(use);
       }
     }
+    const CpuFeatures& cpu = cpu_features();
+    check_attention(*portable_attention());
+    if (cpu.avx2) {
+      check_attention(*avx2_attention());
+    }
+    if (cpu.avx512vnni) {
+      check_attention(*avx512_attention());
+    }
+    if (cpu.avx512bf16) {
+      check_attention(*avx512bf16_attention());
+    }
     std::printf("%s\n", names.c_str());
+  } else if (what == "attention" && count == 3) {
+    const AttentionKernels* found = nullptr;
+    for (const AttentionKernels* use : {portable_attention(), avx512_attention(), avx512bf16_attention()}) {
+      found = std::string(use->name) == words[2] ? use : found;
+    }
+    expect(found != nullptr, "no attention ", words[2]);
+    check_attention(*found);
   } else {
-    expect(count == 3, "usage: check kernels|product NAME, check here|features|selfcheck");
+    expect(count == 3, "usage: check kernels|product|attention NAME, check here|features|selfcheck");
     const Kernels* table[] = {amx_kernels(), avx512vnni_kernels(), avxvnni_kernels(), portable_kernels()};
     for (const Kernels* use : table) {
       if (std::string(use->name) == words[2]) {

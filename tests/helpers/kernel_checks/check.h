@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../../../csrc/cpu/attention.h"
 #include "../../../csrc/cpu/kernels.h"
 
 #if defined(INT8COMPILE_EMULATED_ISA)
@@ -117,6 +118,7 @@ void check_extremes(const int8compile::Kernels& use);
 void check_features();
 
 void check_plan(const int8compile::Kernels& use);
+void check_attention(const int8compile::AttentionKernels& use);
 
 // `use` is what int8compile::kernels() returns.
 void check_product(const int8compile::Kernels** use);

@@ -28,7 +28,7 @@ CpuWords all() {
 
 std::string names(const CpuFeatures& found) {
   return std::string(found.avx2 ? "avx2 " : "") + (found.avxvnni ? "avxvnni " : "") +
-      (found.avx512vnni ? "avx512vnni " : "") + (found.amx_int8 ? "amx" : "");
+      (found.avx512vnni ? "avx512vnni " : "") + (found.avx512bf16 ? "bf16 " : "") + (found.amx_int8 ? "amx" : "");
 }
 
 bool granted() {
@@ -74,5 +74,11 @@ void check_features() {
   check("no F16C", "", not_asked, [](CpuWords& w) { w.leaf1_c &= ~kF16c; });
   check("no AVX2", "", not_asked, [](CpuWords& w) { w.leaf7_b &= ~kAvx2; });
   check("ymm not saved", "", not_asked, [](CpuWords& w) { w.saved = 0x2; });
+  const auto pairs = [](CpuWords& w) { w.leaf7_1_a |= 1u << 5; };
+  check("bfloat16 products", "avx2 avxvnni avx512vnni bf16 amx", granted, pairs);
+  check("bfloat16 products, zmm not saved", "avx2 avxvnni ", not_asked, [=](CpuWords& w) {
+    pairs(w);
+    w.saved = kYmm | kTiles;
+  });
   check("nothing", "", not_asked, [](CpuWords& w) { w = CpuWords(); });
 }

@@ -1,0 +1,421 @@
+// One block of queries, all heads of a group together, against every key it sees: products, softmax, output.
+//
+// The rows of a block are the queries of one head after those of another. For kKeyBlock keys at a time, keys (their
+// transpose) and values are packed once for all rows; then a few rows at a time are multiplied with the keys, get their
+// weights, and add them times the values to their outputs. A row keeps its largest score so far; where that grows, what
+// was summed up before is scaled down (Milakov and Gimelshein, 2018; Dao et al., 2022).
+//
+// What a mask hides is left out where that changes nothing: a hidden score's weight is 0, and 0 times its value is 0,
+// unless something is not finite. So before anything is left out, the magnitudes of queries, keys and values show that no
+// score can overflow and no value is infinite or NaN. With causal attention, which sees no such keys at all, there is
+// nothing to show.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "attention.h"
+#include "attention_mask.h"
+#include "attention_product.h"
+#include "softmax.h"
+
+namespace int8compile {
+namespace {
+
+// exp() of less is 0.
+constexpr float kNegligible = -120.0f;
+
+template <class Form>
+class Block {
+ public:
+  using Vec = typename Form::Vec;
+  using Element = typename Form::Element;
+  static constexpr int64_t width = Vec::width;
+  // Rows whose softmax is taken at a time: enough to work on one while another waits, few enough to stay in L1.
+  static constexpr int kRows = 3 * Form::rows;
+
+  explicit Block(const QueryBlock& block) : block_(block), call_(*block.call) {
+    lay_out(static_cast<char*>(block.scratch));
+  }
+
+  static int64_t scratch_bytes(const Attention& call, int64_t count) {
+    const QueryBlock block = {&call, 0, 0, 0, count, nullptr, call.heads, 0, nullptr};
+    return Block(block).bytes_;
+  }
+
+  static void attend(const QueryBlock& block) {
+    Block(block).run();
+  }
+
+ private:
+  // How the scores of a block of keys become those that the softmax is taken of.
+  enum class See { nothing, all, added, up_to };
+
+  const QueryBlock& block_;
+  const Attention& call_;
+  int64_t rows_, steps_, query_stride_, value_stride_, mask_head_step_, mask_row_step_, bytes_ = 0;
+  float query_magnitude_ = 0;
+  Element *queries_, *keys_, *values_, *weights_;
+  float* total_;  // [rows][width], a row's sum in parts
+  float *out_, *largest_, *mask_, *scores_;
+  int32_t* visible_;  // how many keys of a block the rows of mask_ see, hidden ones at the end left out
+
+  template <class T>
+  void take(char* memory, T*& array, int64_t count) {
+    array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes_));
+    bytes_ += round_up(count * int64_t(sizeof(T)), 64);
+  }
+
+  void lay_out(char* memory) {
+    const int64_t group = call_.group();
+    rows_ = group * block_.count;
+    steps_ = (call_.width + Form::pair - 1) / Form::pair;
+    query_stride_ = round_up(call_.width, width * Form::pair);
+    value_stride_ = round_up(call_.value_width, width);
+    const bool one_row = call_.mask_type == MaskType::none || call_.mask.row == 0;
+    mask_row_step_ = one_row && !call_.causal ? 0 : 1;
+    mask_head_step_ = block_.mask_heads > 1 ? (mask_row_step_ == 0 ? 1 : block_.count) : 0;
+    const int64_t mask_rows = (block_.mask_heads > 1 ? group : 1) * block_.count;
+    take(memory, queries_, rows_ * query_stride_);
+    take(memory, keys_, round_up(steps_, width) * kKeyBlock * Form::pair);
+    take(memory, values_, kKeyBlock * value_stride_);
+    take(memory, weights_, kRows * kKeyBlock);
+    take(memory, out_, rows_ * value_stride_);
+    take(memory, largest_, rows_ + width);
+    take(memory, total_, rows_ * width);
+    take(memory, mask_, mask_rows * kKeyBlock);
+    take(memory, scores_, kRows * kKeyBlock);
+    take(memory, visible_, mask_rows);
+  }
+
+  void run() {
+    if constexpr (Form::pair > 1) {
+      run_as<Element>();
+    } else {
+      with_type(call_.type, [&](auto sample) { run_as<decltype(sample)>(); });
+    }
+  }
+
+  template <class T>
+  void run_as() {
+    pack_queries<T>();
+    std::memset(out_, 0, rows_ * value_stride_ * sizeof(float));
+    std::memset(total_, 0, rows_ * width * sizeof(float));
+    for (int64_t row = 0; row < rows_ + width; ++row) {
+      largest_[row] = kMinusInfinity;
+    }
+    for (int64_t key = 0; key < call_.keys; key += kKeyBlock) {
+      const int64_t here = call_.keys - key < kKeyBlock ? call_.keys - key : kKeyBlock;
+      const See see = seen<T>(key, here);
+      if (see == See::nothing) {
+        continue;
+      }
+      const T* keys = row_of<T>(call_.key, block_.batch, block_.kv_head, key);
+      const T* values = row_of<T>(call_.value, block_.batch, block_.kv_head, key);
+      pack_keys(keys, here);
+      pack_values(values, here);
+      for (int64_t row = 0; row < rows_; row += kRows) {
+        attend_rows(row, int(rows_ - row < kRows ? rows_ - row : kRows), see);
+      }
+    }
+    write<T>();
+  }
+
+  template <class T>
+  void pack_queries() {
+    for (int64_t head = 0; head < call_.group(); ++head) {
+      const T* from = row_of<T>(call_.query, block_.batch, block_.kv_head * call_.group() + head, block_.first);
+      Element* to = queries_ + head * block_.count * query_stride_;
+      for (int64_t i = 0; i < block_.count; ++i) {
+        Form::copy_row(from + i * call_.query.row, call_.width, to + i * query_stride_);
+      }
+      if (call_.mask_type != MaskType::none) {
+        const float most = magnitude_of<Vec>(from, call_.query.row, block_.count, call_.width);
+        query_magnitude_ = most > query_magnitude_ ? most : query_magnitude_;
+      }
+    }
+  }
+
+  // What the queries see of a block of keys; fills mask_ and visible_ unless that is all or nothing.
+  template <class T>
+  See seen(int64_t key, int64_t count) {
+    if (call_.causal) {
+      if (key > block_.first + block_.count - 1) {
+        return See::nothing;
+      }
+      if (key + kKeyBlock - 1 <= block_.first && count == kKeyBlock) {
+        return See::all;
+      }
+      fill_causal(key, count);
+      return See::up_to;
+    }
+    MaskSummary of_block = {0.0f, true};
+    if (block_.summaries != nullptr) {
+      of_block = block_.summaries[key / kKeyBlock];
+      for (int64_t head = 1; head < block_.mask_heads; ++head) {
+        const MaskSummary& next = block_.summaries[head * block_.summary_stride + key / kKeyBlock];
+        of_block.largest = next.largest > of_block.largest ? next.largest : of_block.largest;
+        of_block.zero = of_block.zero && next.zero;
+      }
+    }
+    if (of_block.zero && count == kKeyBlock) {
+      return See::all;
+    }
+    const float reach = of_block.zero ? 0.0f : largest_score<T>(key, count);
+    if (!of_block.zero && reach <= kLargestFloat && is_negligible(of_block.largest + reach)) {
+      return See::nothing;
+    }
+    fill_mask(key, count, reach <= kLargestFloat);
+    return See::added;
+  }
+
+  // What no score's magnitude exceeds; infinity where something is, or may be, not finite.
+  template <class T>
+  float largest_score(int64_t key, int64_t count) const {
+    const T* keys = row_of<T>(call_.key, block_.batch, block_.kv_head, key);
+    const T* values = row_of<T>(call_.value, block_.batch, block_.kv_head, key);
+    const float value = magnitude_of<Vec>(values, call_.value.row, count, call_.value_width);
+    const float product =
+        float(call_.width) * (query_magnitude_ * magnitude_of<Vec>(keys, call_.key.row, count, call_.width));
+    const float score = product * (call_.scale < 0 ? -call_.scale : call_.scale);
+    const bool finite = value <= kLargestFloat && product <= kLargestFloat && score <= kLargestFloat;
+    return finite ? score : std::numeric_limits<float>::infinity();
+  }
+
+  // Whether scores up to `most` get weights of 0 from every row.
+  bool is_negligible(float most) const {
+    if (most == kMinusInfinity) {
+      return true;
+    }
+    for (int64_t row = 0; row < rows_; ++row) {
+      if (!(most - largest_[row] < kNegligible)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void fill_causal(int64_t key, int64_t count) {
+    for (int64_t i = 0; i < block_.count; ++i) {
+      const int64_t most = block_.first + i + 1 - key, ends = most < 0 ? 0 : most < count ? most : count;
+      visible_[i] = int32_t(ends);
+      for (int64_t j = 0; j < kKeyBlock; ++j) {
+        mask_[i * kKeyBlock + j] = j < ends ? -kMinusInfinity : kMinusInfinity;
+      }
+    }
+  }
+
+  // With `exact`, hidden keys behind the last that is visible may be left out.
+  void fill_mask(int64_t key, int64_t count, bool exact) {
+    const int64_t heads = mask_head_step_ == 0 ? 1 : call_.group(), rows = mask_row_step_ == 0 ? 1 : block_.count;
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t index = head * mask_head_step_ + i;
+        float* to = mask_ + index * kKeyBlock;
+        mask_row<Vec>(call_, block_.batch, block_.kv_head * call_.group() + head, block_.first + i, key, count, to);
+        for (int64_t j = count; j < kKeyBlock; ++j) {
+          to[j] = kMinusInfinity;
+        }
+        int64_t ends = count;
+        while (exact && ends > 0 && to[ends - 1] == kMinusInfinity) {
+          --ends;
+        }
+        visible_[index] = int32_t(ends);
+      }
+    }
+  }
+
+  // [steps][kKeyBlock] words. Columns behind the last key repeat it, so that they bring no NaN that is not there.
+  template <class T>
+  void pack_keys(const T* from, int64_t count) {
+    constexpr int64_t word = Form::pair;
+    const int64_t stride = call_.key.row;
+    for (int64_t column = 0; column < kKeyBlock; column += width) {
+      if (column >= round_up(count, width)) {
+        break;
+      }
+      for (int64_t step = 0; step < steps_; step += width) {
+        Element* to = keys_ + (step * kKeyBlock + column) * word;
+        if (Form::is_words(call_.type) && column + width <= count && (step + width) * word <= call_.width) {
+          Form::transpose(from + column * stride + step * word, stride * int64_t(sizeof(T)), to, kKeyBlock * 4);
+          continue;
+        }
+        alignas(64) Element words[width][width * word] = {};
+        const int64_t deep = call_.width - step * word, here = deep < width * word ? deep : width * word;
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t key = column + i < count ? column + i : count - 1;
+          Form::copy_row(from + key * stride + step * word, here, words[i]);
+        }
+        Form::transpose(words, sizeof(words[0]), to, kKeyBlock * 4);
+      }
+    }
+  }
+
+  template <class T>
+  void pack_values(const T* from, int64_t count) {
+    const int64_t stride = call_.value.row;
+    for (int64_t key = 0; key < kKeyBlock; key += Form::pair) {
+      const int64_t left = count - key < 0 ? 0 : count - key;
+      Form::pack_values(from + key * stride, stride, left, call_.value_width, values_ + key * value_stride_);
+    }
+  }
+
+  // The rows of `mask_` for rows of the block, one after another.
+  class MaskRows {
+   public:
+    MaskRows(const Block& block, int64_t row)
+        : block_(block), head_(row / block.block_.count), position_(row % block.block_.count) {}
+
+    int64_t next() {
+      const int64_t index = head_ * block_.mask_head_step_ + position_ * block_.mask_row_step_;
+      if (++position_ == block_.block_.count) {
+        position_ = 0;
+        ++head_;
+      }
+      return index;
+    }
+
+   private:
+    const Block& block_;
+    int64_t head_, position_;
+  };
+
+  // The keys of a block that rows of a product see, hidden ones at the end left out; sets the rows' masks.
+  int64_t visible_keys(int64_t row, int rows, See see, const float** masks) const {
+    if (see == See::all) {
+      return kKeyBlock;
+    }
+    MaskRows mask_rows(*this, row);
+    int64_t most = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t index = mask_rows.next();
+      masks[r] = mask_ + index * kKeyBlock;
+      most = visible_[index] > most ? visible_[index] : most;
+    }
+    return round_up(most, width);
+  }
+
+  // Up to kRows rows: their scores, what becomes of their sums so far, their weights, and the values.
+  void attend_rows(int64_t row, int rows, See see) {
+    const float* masks[kRows] = {};
+    int64_t keys[kRows];  // at the first row of each product
+    for (int r = 0; r < rows; r += Form::rows) {
+      const int here = rows - r < Form::rows ? rows - r : Form::rows;
+      keys[r] = visible_keys(row + r, here, see, masks + r);
+      Panels<Form>::product(
+          here, {queries_ + (row + r) * query_stride_, query_stride_, keys_, kKeyBlock * Form::pair, steps_, keys[r],
+                 nullptr, scores_ + r * kKeyBlock, kKeyBlock});
+    }
+    alignas(64) float most[kRows + width], base[kRows + width], alpha[kRows + width];
+    for (int r = 0; r < rows + width; ++r) {
+      most[r] = kMinusInfinity;
+    }
+    for (int r = 0; r < rows; ++r) {
+      most[r] = finish_scores(see, scores_ + r * kKeyBlock, masks[r], keys[r / Form::rows * Form::rows]);
+    }
+    for (int r = 0; r < rows; r += width) {  // lanes behind the last row are other rows', and stay as they are
+      const Vec before = Vec::load(largest_ + row + r), now = Vec::larger(Vec::load(most + r), before);
+      const Vec subtracted = Vec::larger(now, Vec::all(-kLargestFloat));  // from -inf, -inf could not be
+      now.store(largest_ + row + r);
+      subtracted.store(base + r);
+      exp_of(before - subtracted).store(alpha + r);
+    }
+    for (int r = 0; r < rows; ++r) {
+      weigh(
+          scores_ + r * kKeyBlock, base[r], alpha[r], keys[r / Form::rows * Form::rows], weights_ + r * kKeyBlock,
+          total_ + (row + r) * width);
+    }
+    for (int r = 0; r < rows; r += Form::rows) {
+      if (keys[r] > 0) {
+        const int here = rows - r < Form::rows ? rows - r : Form::rows;
+        Panels<Form>::product(
+            here, {weights_ + r * kKeyBlock, kKeyBlock, values_, value_stride_ * Form::pair, keys[r] / Form::pair,
+                   value_stride_, alpha + r, out_ + (row + r) * value_stride_, value_stride_});
+      }
+    }
+  }
+
+  // body(at) for each vector of a row, without a loop where the block is whole.
+  template <class Body>
+  static INT8COMPILE_INLINE void each_vector(int64_t keys, Body body) {
+    if (keys == kKeyBlock) {
+      INT8COMPILE_UNROLL
+      for (int64_t at = 0; at < kKeyBlock; at += width) {
+        body(at);
+      }
+    } else {
+      for (int64_t at = 0; at < keys; at += width) {
+        body(at);
+      }
+    }
+  }
+
+  // Products to scores; returns the largest.
+  INT8COMPILE_INLINE float finish_scores(See see, float* scores, const float* mask, int64_t keys) const {
+    const Vec scale = Vec::all(call_.scale);
+    Vec largest = Vec::all(kMinusInfinity);
+    const auto put = [&](int64_t at, Vec score) INT8COMPILE_INLINE_LAMBDA {
+      score.store(scores + at);
+      largest = Vec::larger(score, largest);
+    };
+    switch (see) {
+      case See::added:
+        each_vector(keys, [&](int64_t at) INT8COMPILE_INLINE_LAMBDA {
+          put(at, Vec::load(mask + at).plus_product(Vec::load(scores + at), scale));
+        });
+        break;
+      case See::up_to:
+        each_vector(keys, [&](int64_t at) INT8COMPILE_INLINE_LAMBDA {
+          put(at, Vec::smaller(Vec::load(scores + at) * scale, Vec::load(mask + at)));
+        });
+        break;
+      default:
+        each_vector(keys, [&](int64_t at) INT8COMPILE_INLINE_LAMBDA { put(at, Vec::load(scores + at) * scale); });
+    }
+    return largest.largest();
+  }
+
+  // Scores to weights, and their sum to `total`, in as many parts as there are lanes.
+  static INT8COMPILE_INLINE void weigh(
+      const float* scores, float base, float alpha, int64_t keys, Element* weights, float* total) {
+    Vec sum = Vec::all(0.0f);
+    each_vector(keys, [&](int64_t at) INT8COMPILE_INLINE_LAMBDA {
+      const Vec weight = exp_of(Vec::load(scores + at) - Vec::all(base));
+      sum = sum + weight;
+      Form::store(weight, weights + at);
+    });
+    sum.plus_product(Vec::load(total), Vec::all(alpha)).store(total);
+  }
+
+  template <class T>
+  void write() const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      const int64_t head = block_.kv_head * call_.group() + row / block_.count;
+      T* to = const_cast<T*>(row_of<T>(call_.out, block_.batch, head, block_.first + row % block_.count));
+      // Where every key is hidden the total is 0, and so is the output.
+      const float total = Vec::load(total_ + row * width).total();
+      const Vec factor = Vec::all(total == 0 ? 1.0f : 1.0f / total);
+      const float* from = out_ + row * value_stride_;
+      for (int64_t at = 0; at < call_.value_width; at += width) {
+        const Vec value = Vec::load(from + at) * factor;
+        if (at + width <= call_.value_width) {
+          value.store(to + at);
+        } else {
+          T padded[width];
+          value.store(padded);
+          std::memcpy(to + at, padded, (call_.value_width - at) * sizeof(T));
+        }
+      }
+    }
+  }
+};
+
+template <class Form>
+constexpr AttentionKernels attention_of(const char* name) {
+  return {name, Form::takes, Block<Form>::scratch_bytes, Block<Form>::attend, summarize<typename Form::Vec>};
+}
+
+}  // namespace
+}  // namespace int8compile
