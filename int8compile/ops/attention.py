@@ -110,7 +110,8 @@ def _without_gradient(
             "or torch.nn.functional.scaled_dot_product_attention"
         )
     with below_autograd():
-        return attention(query, key, value, mask, scale, is_causal)
+        out: torch.Tensor = attention(query, key, value, mask, scale, is_causal)
+    return out
 
 
 LIBRARY.impl("attention", _without_gradient, "Autograd")

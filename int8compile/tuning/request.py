@@ -17,7 +17,7 @@ from int8compile.graph.capture import Capture
 from int8compile.graph.dump import meta_tensor
 from int8compile.limits import MAX_IN_FEATURES
 from int8compile.passes.analysis.arguments import arguments
-from int8compile.passes.group_heads import ATTENTION
+from int8compile.passes.analysis.attentions import ATTENTION
 from int8compile.report import GraphReport
 
 Shape = tuple[int, int]
