@@ -51,6 +51,14 @@ FAST = [
     Mistake("product.cpp", "? 1 : kPackRows,", "? 1 : 8,", "product", "product amx", "heap-buffer-overflow"),
 ]
 SLOW = [
+    Mistake(
+        "float_product.h",
+        "piece.first ? Vec::all",
+        "true ? Vec::all",
+        "avx512vnni",
+        "kernels avx512vnni",
+        "wrong: float_product",
+    ),
     Mistake("amx.cpp", "block.k - kFragment;", "i * kFragment;", "amx", "kernels amx", "heap-buffer-overflow"),
     Mistake("vnni.h", "* -128u", "* -127u", "avxvnni", "kernels avxvnni", "wrong: multiply"),
     Mistake("amx.cpp", "  configure(kTile);\n}", "}", "amx", "kernels amx", "#UD: a tile is used before ldtilecfg"),

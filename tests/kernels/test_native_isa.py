@@ -53,6 +53,14 @@ FAST = [  # of a header's several users, the one compiled is tried: the portable
     Mistake("finish.h", "strip.cols * sizeof(Out)", "kStrip * sizeof(Out)", "portable", "here", OVERFLOW),
 ]
 SLOW = [
+    Mistake(
+        "float_product.h",
+        "features < piece.count ? features : piece.count",
+        "piece.count",
+        "portable",
+        "here",
+        OVERFLOW,
+    ),
     Mistake("quantize.h", "codes + at, last, k - at", "codes + at, last, Vec::width", "portable", "here", OVERFLOW),
     Mistake("quantize.h", "if (k > 0) {", "if (true) {", "portable", "here", "null pointer passed"),
     Mistake("quantize.h", "(1u << (k - at)) - 1", "(2u << (k - at)) - 1", "portable", "here", OVERFLOW),
