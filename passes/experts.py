@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from int8compile import selection
 from int8compile.graph.capture import FloatInput
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import grouped_linear
@@ -42,18 +43,17 @@ def experts(graph: fx.Graph, context: PassContext) -> int:
         assert facts is not None
         site = context.sites[node] = facts.decide_experts(node, match)
         if site.rewritten:
-            context.replace(node, _rewritten(node, match, context))
+            context.replace(node, _rewritten(node, match, site.path, context))
             changes += 1
     return changes
 
 
-def _rewritten(node: fx.Node, match: Experts, context: PassContext) -> fx.Node:
-    config = context.config
+def _rewritten(node: fx.Node, match: Experts, path: str, context: PassContext) -> fx.Node:
     lifted = context.capture.lift((FloatInput(match.weight, match.transposed),))
 
     def product(x: fx.Node, offsets: fx.Node, value: Any = None) -> fx.Node:
         weights = (lifted.weight, lifted.weight_scale)
-        args = (x, *weights, offsets, None, config.llm_int8_threshold, config.outlier_policy)
+        args = (x, *weights, offsets, None, *selection.outliers(context.config, path))
         return context.call(node, grouped_linear, args, like=node, value=value)
 
     if match.gather is not None:

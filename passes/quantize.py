@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from int8compile import selection
-from int8compile.config import WEIGHTS_ONLY
 from int8compile.graph.capture import FloatInput, is_constant
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
@@ -106,8 +105,10 @@ class Facts:
     def decide_experts(self, node: fx.Node, experts: Experts) -> Site:
         """The same of a product with experts' weights."""
         site = make_site(node, experts.weight, Reason.REWRITTEN, transposed=experts.transposed)
-        form = self._experts_refusal(node, experts, site.path)
+        form = self._experts_refusal(node, experts)
         reason, detail = self._reason(node, experts.x, experts.weight, site, form)
+        if reason is Reason.REWRITTEN:
+            detail = selection.detail(selection.outliers(self.config, site.path)[1])
         return dataclasses.replace(site, reason=reason, detail=detail)
 
     def _reason(
@@ -157,15 +158,13 @@ class Facts:
             return Reason.ROUTER, ""
         return None if node.users else (Reason.UNREAD, "")
 
-    def _experts_refusal(self, node: fx.Node, experts: Experts, path: str) -> tuple[Reason, str] | None:
+    def _experts_refusal(self, node: fx.Node, experts: Experts) -> tuple[Reason, str] | None:
         """The same of a product with experts' weights."""
         read = [experts.x, experts.weight, experts.offsets, *(experts.gather or ())]
         if any(map(self.effects.reshaped, [node, *node.all_input_nodes, *(n for n in read if n is not None)])):
             return Reason.RESHAPED, ""
         if experts.beside or self.config.llm_int8_has_fp16_weight:
             return Reason.EXPERTS, experts.beside or "llm_int8_has_fp16_weight"
-        if selection.outliers(self.config, path)[1] == WEIGHTS_ONLY:
-            return Reason.EXPERTS, "weights only"
         return None if node.users else (Reason.UNREAD, "")
 
     def _shares_an_embedding(self, weight: fx.Node) -> bool:

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "weight_only.h"
+
 namespace int8compile {
 namespace {
 
@@ -64,10 +66,8 @@ void quantize_groups(
   });
 }
 
-// Columns [begin, end) of one group's product.
-void multiply_columns(
-    const Activation& x, const Group& group, int64_t begin, int64_t end, const int8_t* codes, const float* scale,
-    const uint8_t* flags, float residual_from, const Experts& experts) {
+// What columns [begin, end) of a group's product are made of.
+Product product_of(const Group& group, int64_t begin, int64_t end, Float type, const Experts& experts) {
   const int64_t column = group.expert * experts.cols + begin;
   Product product;
   product.cols = end - begin;
@@ -76,11 +76,40 @@ void multiply_columns(
   product.weight_scale = experts.weight_scale + column;
   product.bias = element(experts.bias, experts.bias_type, column);
   product.bias_type = experts.bias_type;
-  product.out = static_cast<char*>(experts.out) + bytes(x.type, group.begin * experts.cols + begin);
-  product.out_type = x.type;
+  product.out = static_cast<char*>(experts.out) + bytes(type, group.begin * experts.cols + begin);
+  product.out_type = type;
   product.out_stride = experts.cols;
-  const Activation rows = {element(x.data, x.type, group.begin * x.k), x.type, group.end - group.begin, x.k};
-  scaled_product(rows, codes + group.begin * x.k, scale + group.begin, flags, residual_from, product);
+  return product;
+}
+
+// Calls multiply(group's index, its rows, product) for all columns of all groups, an even share in each thread.
+template <class Multiply>
+void share(
+    const Activation& x, const std::vector<Group>& groups, const Experts& experts, const Multiply& multiply) {
+  // Work is counted in strips of columns, whose cost is the same within a group.
+  const int64_t rows = groups.back().end, strips = divide_up(experts.cols, kStrip);
+  const int64_t total = strips * (rows + kReadingRows * int64_t(groups.size()));
+  const int64_t parts = std::clamp<int64_t>(
+      rows * experts.cols * std::max<int64_t>(x.k, 1) / kProductGrain, 1, at::get_num_threads());
+  const auto multiply_part = [&](int64_t first, int64_t last) {  // costs [first, last) of the total
+    int64_t before = 0;
+    for (size_t i = 0; i < groups.size() && before < last; ++i) {
+      const Group& group = groups[i];
+      const int64_t cost = group.end - group.begin + kReadingRows;
+      const auto columns_up_to = [&](int64_t spent) {
+        return std::min(experts.cols, std::clamp<int64_t>(divide_up(spent - before, cost), 0, strips) * kStrip);
+      };
+      const int64_t begin = columns_up_to(first), end = columns_up_to(last);
+      if (begin < end) {
+        const Activation own = {element(x.data, x.type, group.begin * x.k), x.type, group.end - group.begin, x.k};
+        multiply(i, own, product_of(group, begin, end, x.type, experts));
+      }
+      before += cost * strips;
+    }
+  };
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    multiply_part(total * begin / parts, total * end / parts);
+  });
 }
 
 }  // namespace
@@ -110,30 +139,20 @@ void quantized_groups(
   Memory<uint8_t> flags(outliers ? int64_t(groups.size()) * x.k : 0);
   uint8_t* const found = outliers ? flags.data() : nullptr;
   quantize_groups(x, groups, threshold, codes.data(), scale.data(), found);
+  share(x, groups, experts, [&](size_t group, const Activation& own, const Product& product) {
+    const int64_t begin = groups[group].begin;
+    scaled_product(
+        own, codes.data() + begin * x.k, scale.data() + begin, found == nullptr ? nullptr : found + group * x.k,
+        residual_from, product);
+  });
+}
 
-  // Work is counted in strips of columns, whose cost is the same within a group.
-  const int64_t strips = divide_up(experts.cols, kStrip);
-  const int64_t total = strips * (rows + kReadingRows * int64_t(groups.size()));
-  const int64_t parts = std::clamp<int64_t>(
-      rows * experts.cols * std::max<int64_t>(x.k, 1) / kProductGrain, 1, at::get_num_threads());
-  const auto multiply_part = [&](int64_t first, int64_t last) {  // costs [first, last) of the total
-    int64_t before = 0;
-    for (size_t i = 0; i < groups.size() && before < last; ++i) {
-      const int64_t cost = groups[i].end - groups[i].begin + kReadingRows;
-      const auto columns_up_to = [&](int64_t spent) {
-        return std::min(experts.cols, std::clamp<int64_t>(divide_up(spent - before, cost), 0, strips) * kStrip);
-      };
-      const int64_t begin = columns_up_to(first), end = columns_up_to(last);
-      if (begin < end) {
-        multiply_columns(
-            x, groups[i], begin, end, codes.data(), scale.data(), found == nullptr ? nullptr : found + i * x.k,
-            residual_from, experts);
-      }
-      before += cost * strips;
-    }
-  };
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    multiply_part(total * begin / parts, total * end / parts);
+void weight_only_groups(const Activation& x, const std::vector<Group>& groups, const Experts& experts) {
+  if (groups.empty() || experts.cols == 0) {
+    return;
+  }
+  share(x, groups, experts, [](size_t, const Activation& own, const Product& product) {
+    weight_only_linear(own, product);
   });
 }
 

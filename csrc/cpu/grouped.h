@@ -33,4 +33,7 @@ void quantized_groups(
     const Activation& x, const std::vector<Group>& groups, bool outliers, float threshold, float residual_from,
     const Experts& experts);
 
+// The same with the weights alone in int8.
+void weight_only_groups(const Activation& x, const std::vector<Group>& groups, const Experts& experts);
+
 }  // namespace int8compile

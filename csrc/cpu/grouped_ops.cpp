@@ -43,9 +43,7 @@ Tensor grouped_linear(
   constexpr const char* op = "grouped_linear";
   check_activation(op, x);
   const float least = checked_threshold(op, threshold);
-  INT8COMPILE_CHECK(
-      outlier_policy == "column" || outlier_policy == "element", op, "outlier_policy='", outlier_policy,
-      "'; expected 'column' or 'element'");
+  check_outlier_policy(op, outlier_policy);
   check_experts(op, x, weight, weight_scale, offsets);
   INT8COMPILE_CHECK(x.dim() == 2, op, "x is ", x.sizes(), "; expected [S, K], the rows sorted by expert");
   INT8COMPILE_CHECK(
@@ -77,6 +75,10 @@ Tensor grouped_linear(
   experts.bias = added.defined() ? added.const_data_ptr() : nullptr;
   experts.bias_type = added.defined() ? float_type(added.scalar_type()) : Float::f32;
   experts.out = out.mutable_data_ptr();
+  if (outlier_policy == "all") {
+    weight_only_groups(activation(values), groups, experts);
+    return out;
+  }
   const float residual_from = outlier_policy == "element" ? least : 0.0f;
   quantized_groups(activation(values), groups, least > 0, least, residual_from, experts);
   return out;

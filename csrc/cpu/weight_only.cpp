@@ -83,8 +83,8 @@ void multiply_part(
       tile.bias = p.bias == nullptr ? nullptr : element(p.bias, p.bias_type, col);
       tile.bias_type = p.bias_type;
       tile.scratch = scratch;
-      tile.out = const_cast<char*>(element(p.out, p.out_type, row * p.cols + col));
-      tile.out_stride = p.cols;
+      tile.out_stride = p.out_stride == 0 ? p.cols : p.out_stride;
+      tile.out = const_cast<char*>(element(p.out, p.out_type, row * tile.out_stride + col));
       tile.out_type = p.out_type;
       use.float_product(tile);
     }
@@ -101,7 +101,8 @@ void weight_only_linear(const Activation& x, const Product& product) {
   const FloatRows floats(use, x);
   const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
   const int64_t strips = divide_up(product.cols, kStrip);
-  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, at::get_num_threads());
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, threads);
   const int64_t col_parts = std::min(parts, strips);
   const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
   at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {

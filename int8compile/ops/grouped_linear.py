@@ -15,14 +15,14 @@ their number, and one that is below an earlier one as that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
-from int8compile.ops._library import check, check_activation, check_threshold, define
-from int8compile.ops.linear import residual_from
+from int8compile.ops._library import check, check_activation, check_outlier_policy, check_threshold, define
+from int8compile.ops.linear import residual_from, weight_only
 from int8compile.ops.quantize_rowwise import quantize_reference
 from int8compile.ops.scaled_mm import product
 
@@ -84,8 +84,7 @@ def _check(
     op = "grouped_linear"
     check_activation(op, x)
     check_threshold(op, "threshold", threshold, "no outliers")
-    known = outlier_policy in ("column", "element")
-    check(known, op, f"outlier_policy={outlier_policy!r}; expected 'column' or 'element'")
+    check_outlier_policy(op, outlier_policy)
     check_experts(op, weight, weight_scale, offsets)
     check(x.dim() == 2, op, f"x is {list(x.shape)}; expected [S, K], the rows sorted by expert")
     e, n, k = weight.shape
@@ -114,6 +113,10 @@ def _reference(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
+    out = x.new_zeros((x.shape[0], weight.shape[1]))
+    if outlier_policy == "all":
+        biases: Sequence[torch.Tensor | None] = [None] * len(weight) if bias is None else bias.unbind()
+        return each_expert(offsets, out, lambda e, _: weight_only(x, weight[e], weight_scale[e], biases[e]))
     codes, row_scale, _ = quantize_reference(x, threshold)
     outlier_elements = None if threshold == 0 else x.float().abs() >= threshold
     smallest = residual_from(threshold, outlier_policy)
@@ -123,7 +126,7 @@ def _reference(
         offset = None if bias is None else bias[expert]
         return product(codes, row_scale, x, columns, weight[expert], weight_scale[expert], offset, x.dtype, smallest)
 
-    return each_expert(offsets, x.new_zeros((x.shape[0], weight.shape[1])), rows_of)
+    return each_expert(offsets, out, rows_of)
 
 
 # No autocast: a grouped product of torch's has none either.

@@ -154,9 +154,6 @@ def test_what_has_another_form_stays_float_and_says_so():
     batches = Experts(lambda w, x, _: torch._grouped_mm(x, w), transposed=True)
     assert untouched(batches, torch.randn(E, 8, K).bfloat16(), IDS) == [(Reason.EXPERTS, "not rows by offsets")]
     assert untouched(Experts(grouped), X, OFFSETS, llm_int8_has_fp16_weight=True)[0][0] is Reason.EXPERTS
-    assert untouched(Experts(grouped), X, OFFSETS, activation="float") == [(Reason.EXPERTS, "weights only")]
-    named = untouched(Experts(grouped), X, OFFSETS, llm_int8_weight_only_modules=["w"])
-    assert named == [(Reason.EXPERTS, "weights only")]
 
 
 def test_the_rules_of_linears_hold():
@@ -328,6 +325,18 @@ def test_a_disabled_pass_is_said():
 def test_bytes_of_experts_are_counted():
     report = int8compile.explain(Experts(grouped), X, OFFSETS, options=Int8Config(min_features=0))
     assert (report.weight_bytes_before, report.weight_bytes_after) == (2 * E * N * K, E * N * K + 4 * E * N)
+
+
+@pytest.mark.parametrize("options", [{"activation": "float"}, {"llm_int8_weight_only_modules": ["w"]}])
+def test_weights_only(options):
+    module = Experts(grouped)
+    with torch.no_grad():
+        out = compile_eager(module, **options)(X, OFFSETS)
+    weight, scale = Int8Weight.quantize(module.w)
+    want = torch.ops.int8compile.linear(X[2:5], weight[2], scale[2], None, 0.0, "all")
+    assert torch.equal(out[2:5], want)
+    (site,) = int8compile.last_report().sites
+    assert (site.reason, site.detail) == (Reason.REWRITTEN, "weights only")
 
 
 def test_the_store_keeps_experts_in_both_orders():
