@@ -311,6 +311,18 @@ def test_changed_weights_are_seen():
         assert torch.equal(compiled(X, OFFSETS), expected(module, OFFSETS, False))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2)])
+def test_writes_that_pytorch_does_not_count_are_seen_in_whatever_order_the_weight_lies(order):
+    module = Experts(gathered)
+    back = [order.index(i) for i in range(3)]
+    module.w = torch.nn.Parameter(module.w.permute(order).contiguous().permute(back), requires_grad=False)
+    compiled = compile_eager(module)
+    with torch.no_grad():
+        compiled(X, IDS)
+        module.w.data.mul_(-2)
+        assert torch.equal(compiled(X, IDS), expected(Experts(gathered), IDS, False) * -2)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_released_weights_come_back(transposed):
     module = Experts(grouped_stored if transposed else grouped, transposed)
