@@ -165,6 +165,8 @@ class Facts:
             return Reason.RESHAPED, ""
         if experts.beside or self.config.llm_int8_has_fp16_weight:
             return Reason.EXPERTS, experts.beside or "llm_int8_has_fp16_weight"
+        if experts.gather is not None and self.effects.changes(experts.gather.node, experts.gather.node, node):
+            return Reason.MUTATED, "after gathering"
         return None if node.users else (Reason.UNREAD, "")
 
     def _shares_an_embedding(self, weight: fx.Node) -> bool:

@@ -85,8 +85,17 @@ def _sample(weight: torch.Tensor) -> bytes:
     for, and where a weight's memory is not in one piece.
     """
     size = weight.numel() * weight.element_size()
-    in_one_piece = weight.is_contiguous() or (weight.dim() == 2 and weight.t().is_contiguous())
-    if weight.device.type != "cpu" or size == 0 or not in_one_piece or weight.data_ptr() == 0:
+    if weight.device.type != "cpu" or size == 0 or not _is_in_one_piece(weight) or weight.data_ptr() == 0:
         return b""
     starts = [size * (2 * i + 1) // (2 * _SAMPLES) for i in range(_SAMPLES)]
     return b"".join(ctypes.string_at(weight.data_ptr() + s, min(_SAMPLE_BYTES, size - s)) for s in starts)
+
+
+def _is_in_one_piece(weight: torch.Tensor) -> bool:
+    """Whether its elements fill a piece of memory, in whatever order of the dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True

@@ -23,8 +23,8 @@ aten = torch.ops.aten
 
 #: operators by name: transformers' own is there only where transformers is
 _GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
-_PRODUCTS = {torch.bmm, "bmm", aten.bmm.default, torch.matmul, operator.matmul, "matmul", "__matmul__"}
-_PRODUCTS |= {aten.matmul.default}
+_PYTHON_MATMUL = {operator.matmul, "__matmul__"}
+_PRODUCTS = {torch.bmm, "bmm", aten.bmm.default, torch.matmul, "matmul", aten.matmul.default} | _PYTHON_MATMUL
 #: products of more operands, of which no form is ours
 _OTHERS = {torch.baddbmm, "baddbmm", aten.baddbmm.default, torch.einsum, torch.functional.einsum, aten.einsum.default}
 _INDEX = {operator.getitem, "__getitem__", aten.index.Tensor}
@@ -98,7 +98,9 @@ def _match_grouped(node: fx.Node) -> Experts | None:
 
 
 def _match_product(node: fx.Node) -> Experts | None:
-    x, other, *rest = [*arguments(node).values(), None, None]
+    # (Python's ``@`` is no operator of torch's, which would name them.)
+    given = node.args if node.target in _PYTHON_MATMUL else arguments(node).values()
+    x, other, *rest = [*given, None, None]
     if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
         return None
     operands = (x, other)
@@ -120,7 +122,7 @@ def _match_product(node: fx.Node) -> Experts | None:
         beside = "" if at == 1 and value.dim() == 3 and _as_many(value, out) else "all experts at once"
     elif value.dim() != 3 or not statically_known_true(value.shape[1 if at else 2] == 1):
         beside = "several rows of an expert"
-    elif not _as_many(value, out):
+    elif not _as_many(value, out) or not _as_many(meta_tensor(gather.ids), out):
         beside = "rows that are broadcast"
     # x @ weight has the weight [K, N] before any transposes; weight @ x has it [N, K].
     return Experts(x, root, swapped != (at == 1), gather=gather, one=1 if at else 2, beside=beside)
@@ -172,9 +174,9 @@ def _integers(value: object) -> fx.Node | None:
     return value if whole and isinstance(value, fx.Node) else None
 
 
-def _as_many(value: torch.Tensor, out: torch.Tensor) -> bool:
+def _as_many(value: torch.Tensor | None, out: torch.Tensor) -> bool:
     """Whether the first dimension is no broadcast one."""
-    return statically_known_true(value.shape[0] == out.shape[0])
+    return value is not None and statically_known_true(value.shape[0] == out.shape[0])
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -28,7 +28,9 @@ def test_skip_modules_as_any_collection(modules):
 def test_unknown_option_suggests_the_nearest():
     with pytest.raises(OptionNameError, match=r"unknown option 'threshold'. Did you mean 'llm_int8_threshold'\?"):
         Int8Config.make({"threshold": 6.0})
-    with pytest.raises(OptionNameError, match=r"unknown option 'zzz'\. Known options: activation, attention, disable_passes, "):
+    with pytest.raises(
+        OptionNameError, match=r"unknown option 'zzz'\. Known options: activation, attention, disable_passes, "
+    ):
         Int8Config.make({"zzz": 1})
     with pytest.raises(OptionNameError, match=r"Inductor's own go into options=\{'inductor': \{\.\.\.\}\}"):
         Int8Config.make({"max_autotune": True})

@@ -53,12 +53,17 @@ def swapped_after(w, x, ids):
     return torch.matmul(x[:, None], torch.index_select(w, 0, ids).mT)[:, 0]
 
 
+def by_sign(w, x, ids):
+    return (x[:, None] @ w[ids].mT)[:, 0]
+
+
 FORMS = [
     (grouped, False, OFFSETS),
     (grouped_stored, True, OFFSETS),
     (gathered, False, IDS),
     (gathered_stored, True, IDS),
     (swapped_after, False, IDS),
+    (by_sign, False, IDS),
 ]
 
 
@@ -195,6 +200,52 @@ def test_indices_count_from_the_end_and_out_of_range_they_are_refused():
             compiled(X, IDS + 1)
 
 
+def gathered_and_written(w, x, ids):
+    selected = w[ids]
+    selected.mul_(2)
+    return torch.bmm(selected, x.unsqueeze(-1)).squeeze(-1)
+
+
+def a_view_written(w, x, ids):
+    turned = torch.index_select(w, 0, ids).mT
+    turned[0].zero_()
+    return torch.bmm(x.unsqueeze(1), turned).squeeze(1)
+
+
+@pytest.mark.parametrize("form", [gathered_and_written, a_view_written])
+def test_gathered_weights_that_are_written_to_are_multiplied_as_they_are(form):
+    module = Experts(form)
+    with torch.no_grad():
+        assert torch.equal(compile_eager(module)(X, IDS), module(X, IDS))
+    assert [(s.reason, s.detail) for s in int8compile.last_report().sites] == [(Reason.MUTATED, "after gathering")]
+
+
+def test_gathered_weights_may_be_written_to_after_the_product():
+    def form(w, x, ids):
+        selected = w[ids]
+        out = torch.bmm(selected, x.unsqueeze(-1)).squeeze(-1)
+        return out, selected.zero_()
+
+    module = Experts(form)
+    with torch.no_grad():
+        out, zeros = compile_eager(module)(X, IDS)
+    assert torch.equal(out, expected(module, IDS, False))
+    assert zeros.shape == (len(IDS), N, K)
+    assert zeros.eq(0).all()
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_one_gathered_expert_for_all_rows_stays_float(rows_first):
+    def form(w, x, ids):
+        return (x[:, None] @ w[ids].mT)[:, 0] if rows_first else torch.matmul(w[ids], x.unsqueeze(-1)).squeeze(-1)
+
+    module = Experts(form)
+    with torch.no_grad():
+        assert torch.equal(compile_eager(module)(X, IDS[:1]), module(X, IDS[:1]))
+    (site,) = int8compile.last_report().sites
+    assert (site.reason, site.detail) == (Reason.EXPERTS, "rows that are broadcast")
+
+
 def test_indices_are_read_where_the_weights_are_gathered():
     def form(w, x, ids):
         ids = ids.clone()
@@ -255,6 +306,18 @@ def test_changed_weights_are_seen():
         compiled(X, OFFSETS)
         module.w.mul_(torch.linspace(-1, 2, N)[:, None])
         assert torch.equal(compiled(X, OFFSETS), expected(module, OFFSETS, False))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2)])
+def test_writes_that_pytorch_does_not_count_are_seen_in_whatever_order_the_weight_lies(order):
+    module = Experts(gathered)
+    back = [order.index(i) for i in range(3)]
+    module.w = torch.nn.Parameter(module.w.permute(order).contiguous().permute(back), requires_grad=False)
+    compiled = compile_eager(module)
+    with torch.no_grad():
+        compiled(X, IDS)
+        module.w.data.mul_(-2)
+        assert torch.equal(compiled(X, IDS), expected(Experts(gathered), IDS, False) * -2)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

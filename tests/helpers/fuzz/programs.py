@@ -93,6 +93,8 @@ LINES = {
         "i = torch.arange({v}.numel() // 16) % 4; {t} = torch.bmm(self.e[i], {v}.reshape(-1, 16, 1)).squeeze(-1)",
         "q = self.e[torch.arange({v}.numel() // 16) % 3 - 2]; {w}; {t} = torch.bmm({v}.reshape(-1, 1, 16), q)[:, 0]",
         "i = torch.arange({v}.numel() // 16) % 4; q = self.e[i].mT; i *= 0; {t} = ({v}.reshape(-1, 1, 16) @ q).sum(1)",
+        "q = self.e[torch.arange({v}.numel() // 16) % 4]; q *= -2; {t} = (q @ {v}.reshape(-1, 16, 1))[..., 0]",
+        "i = torch.arange(1) + 2; {t} = torch.matmul({v}.reshape(-1, 1, 16), self.e[i].mT).squeeze(1)",
         "q = torch.bmm({v}.reshape(1, -1, 16).repeat(4, 1, 1), self.e.transpose(1, 2)); {w}; {t} = q[1] + q[2]",
         "{t} = torch.einsum('sk,enk->sn', {v}.reshape(-1, 16), self.e)",
         "assert self.e.dtype is torch.bfloat16; q = {v}.reshape(-1, 16); i = torch.arange(1, 5).int() * len(q) // 4; "
