@@ -26,7 +26,7 @@ def tensors(batch=2, heads=2, groups=3, queries=1, keys=7, width=8, out_width=8,
 def folded(function, *args, **options):
     """The result of a compiled function, and how many attentions the pass rewrote."""
     torch._dynamo.reset()
-    out = compile_eager(function, **options)(*args)
+    out = compile_eager(function, **{"attention": "torch", **options})(*args)
     return out, last_report().graphs[-1].pass_counts.get("fold_queries")
 
 
@@ -112,7 +112,7 @@ def test_rows_masked_altogether_are_as_pytorch_gives_them():
 
 def test_dynamic_sizes():
     torch._dynamo.reset()
-    compiled = compile_eager(attention)
+    compiled = compile_eager(attention, attention="torch")
     for batch, keys in ((2, 7), (3, 9), (4, 11)):  # the second makes both symbolic
         inputs = tensors(batch=batch, keys=keys)
         torch.testing.assert_close(compiled(*inputs).double(), reference(*inputs), rtol=1e-5, atol=1e-5)

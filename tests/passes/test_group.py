@@ -63,7 +63,7 @@ def test_the_result_is_equal_to_the_bit(batch, heads, groups, queries, keys, wid
 
 def test_dynamic_sizes_match():
     torch._dynamo.reset()
-    compiled = compile_eager(attention)
+    compiled = compile_eager(attention, attention="torch")
     for keys in (7, 9, 11):  # the second makes their number symbolic
         inputs = tensors(keys=keys)
         assert torch.equal(compiled(*inputs), attention(*inputs))
