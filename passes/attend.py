@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 
 from int8compile.graph.dump import meta_tensor
 from int8compile.limits import FLOAT_DTYPES
+from int8compile.native import tuned
 from int8compile.native.attention import is_faster
 from int8compile.ops import attention
 from int8compile.passes.analysis import Effects
@@ -36,6 +37,13 @@ from int8compile.passes.analysis.attentions import (
 from int8compile.passes.context import PassContext
 
 aten = torch.ops.aten
+
+#: of ``int8compile tune``
+TUNABLE = "attend"
+#: who computes an attention of many queries
+NATIVE, TORCH = "native", "torch"
+
+_MANY = 1 << 15  # blocks of queries: sizes that are no numbers are a prompt's
 
 
 def attend(graph: fx.Graph, context: PassContext) -> int:
@@ -83,25 +91,44 @@ def _is_mask(node: object, dtype: torch.dtype, sizes: Sizes) -> bool:
 
 
 def _is_faster(call: AttentionCall, sizes: Sizes) -> bool:
+    """By what has been measured on this machine, else by the default."""
     out = meta_tensor(call.node)
     assert out is not None
     masked = call.given["attn_mask"] is not None or call.given["is_causal"]
     one = statically_known_true(sizes.queries == 1)
     kind = "one query" if one else "masked" if masked else "whole"
-    return is_faster(out.dtype, kind) and _keeps_threads_busy(sizes)
+    threads = torch.get_num_threads()
+    keys = choice_keys(out.dtype, kind, sizes.heads, sizes.kv_heads, int(sizes.width))
+    found = tuned.choice(TUNABLE, threads=threads, **keys)
+    if found in (NATIVE, TORCH):
+        return found == NATIVE
+    batch, queries = sizes.batch, sizes.queries
+    blocks = batch * query_blocks(queries) if isinstance(batch, int) and isinstance(queries, int) else _MANY
+    return default_form(out.dtype, kind, sizes.heads, sizes.kv_heads, blocks, threads) == NATIVE
 
 
-def _keeps_threads_busy(sizes: Sizes) -> bool:
-    """Whether the threads get about as even a share as PyTorch's, which takes each query head by itself.
+def query_blocks(queries: int) -> int:
+    """What the threads share out, of each batch and key/value head."""
+    return -(-queries // 32)
 
-    Ours takes the heads of a group together, which is less work, but fewer parts. Sizes that are no numbers are
-    a prompt's.
+
+def choice_keys(dtype: torch.dtype, kind: str, heads: int, kv_heads: int, width: int) -> dict[str, int | str]:
+    """What a tuned choice is looked up by, beside the threads."""
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "kind": kind, "heads": heads, "kv_heads": kv_heads, "width": width}
+
+
+def default_form(dtype: torch.dtype, kind: str, heads: int, kv_heads: int, blocks: int, threads: int) -> str:
+    """Ours where it is faster, and threads get about as even a share as PyTorch's, which takes each head by itself.
+
+    Ours takes the heads of a group together, which is less work, but fewer parts.
+
+    Args:
+        blocks: of queries, of the whole batch.
     """
-    if not (isinstance(sizes.batch, int) and isinstance(sizes.queries, int)):
-        return True
-    blocks, threads = sizes.batch * -(-sizes.queries // 32), torch.get_num_threads()
-    rounds, theirs = -(-sizes.kv_heads * blocks // threads), -(-sizes.heads * blocks // threads)
-    return 4 * rounds * (sizes.heads // sizes.kv_heads) <= 5 * theirs
+    rounds, theirs = -(-kv_heads * blocks // threads), -(-heads * blocks // threads)
+    even = 4 * rounds * (heads // kv_heads) <= 5 * theirs
+    return NATIVE if is_faster(dtype, kind) and even else TORCH
 
 
 def _replace(call: AttentionCall, sizes: Sizes, context: PassContext) -> bool:

@@ -16,6 +16,7 @@ from int8compile.explanation import each_graph
 from int8compile.graph.capture import Capture
 from int8compile.graph.dump import meta_tensor
 from int8compile.limits import MAX_IN_FEATURES
+from int8compile.ops import attention
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.attentions import ATTENTION
 from int8compile.report import GraphReport
@@ -131,7 +132,8 @@ def _product(node: fx.Node) -> Shape | None:
 
 def _heads(node: fx.Node) -> Heads | None:
     """Of an attention on a CPU, however many queries it has here."""
-    given = arguments(node) if node.target in ATTENTION else {}
+    attends = node.target in ATTENTION or node.target is attention
+    given = arguments(node) if attends else {}
     query, key = (meta_tensor(given[name]) if given else None for name in ("query", "key"))
     if query is None or key is None or query.dim() != 4 or key.dim() != 4 or query.device.type != "cpu":
         return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from int8compile.tuning import attention, products
+from int8compile.tuning import attention, products, prompts
 from int8compile.tuning.measure import Case
 from int8compile.tuning.request import Request
 
-TUNABLES: tuple[Callable[[Request], Iterable[Case]], ...] = (attention.cases, products.cases)
+TUNABLES: tuple[Callable[[Request], Iterable[Case]], ...] = (attention.cases, prompts.cases, products.cases)

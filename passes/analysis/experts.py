@@ -99,8 +99,9 @@ def _match_grouped(node: fx.Node) -> Experts | None:
 
 def _match_product(node: fx.Node) -> Experts | None:
     # (Python's ``@`` is no operator of torch's, which would name them.)
-    given = node.args if node.target in _PYTHON_MATMUL else arguments(node).values()
-    x, other, *rest = [*given, None, None]
+    given = tuple(node.args) if node.target in _PYTHON_MATMUL else tuple(arguments(node).values())
+    x, other = (*given, None, None)[:2]
+    rest = given[2:]
     if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
         return None
     operands = (x, other)

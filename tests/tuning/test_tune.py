@@ -1,6 +1,8 @@
 """What is measured for, in which time, and what becomes of it; with made-up times, or the shortest there are."""
 
 import dataclasses
+import functools
+import importlib
 import json
 
 import pytest
@@ -13,10 +15,11 @@ from int8compile.errors import OptionValueError
 from int8compile.native import loader, tuned
 from int8compile.passes import fold_queries
 from int8compile.passes.fold_queries import choice_keys
-from int8compile.tuning import attention, products, request, tune
+from int8compile.tuning import attention, products, prompts, request, tune
 from int8compile.tuning.measure import Case
 from int8compile.tuning.request import Request
 
+attend_pass = importlib.import_module("int8compile.passes.attend")
 native = torch.ops.int8compile_native
 RUN = tune.run
 
@@ -270,3 +273,30 @@ def test_a_tuned_product_has_the_same_bits(table):
 def test_the_pass_and_its_tunable_speak_of_the_same():
     assert fold_queries.__name__ == "fold_queries"
     assert attention.TUNABLE == "fold_queries"
+
+
+@pytest.mark.parametrize("choice", ["native", "torch"])
+def test_a_tuned_table_says_who_attends(table, monkeypatch, choice):
+    q, k, v = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
+
+    def attend(q, k, v):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    where = attend_pass.choice_keys(torch.float32, "masked", 4, 2, 16)
+    asked = {("attend", torch.get_num_threads(), tuned.where_of(**where)): choice}
+    monkeypatch.setattr(tuned, "_by_key", functools.cache(lambda: asked))
+    with torch.no_grad():
+        assert int8compile.explain(attend, q, k, v).attentions == (choice == "native")
+
+
+def test_attention_of_prompts_is_measured_in_both_forms(table):
+    wanted = Request(attentions=((4, 2, 16),), dtypes=(torch.float32, torch.bfloat16))
+    cases = list(prompts.cases(wanted))
+    assert [case.tunable for case in cases] == ["attend"] * 4
+    with torch.no_grad():
+        for case in cases:
+            runs = case.prepare()
+            assert set(runs) == {"native", "torch"}
+            assert case.default in runs
+            for form in runs.values():
+                form(1)
