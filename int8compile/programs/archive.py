@@ -45,7 +45,7 @@ from int8compile.programs.json_values import parse
 from int8compile.programs.model_json import check_model, check_payload
 from int8compile.programs.records import Records
 from int8compile.programs.saved_inputs import described, zeros
-from int8compile.torch_internals.files import load_pt2
+from int8compile.torch_internals.files import drop_guards_of_equal_sizes, load_pt2
 
 FORMAT_VERSION = 3
 
@@ -268,7 +268,7 @@ def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
     memory."""
     root = _without_traces(program.graph_module)
     tensors = tensor_records.without_gaps({**program.constants, **program.state_dict})
-    return torch.export.ExportedProgram(
+    bare = torch.export.ExportedProgram(
         root=root,
         graph=root.graph,
         graph_signature=program.graph_signature,
@@ -278,6 +278,8 @@ def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
         constants={name: tensors[name] for name in program.constants},
         verifiers=program.verifiers,
     )
+    drop_guards_of_equal_sizes(bare)
+    return bare
 
 
 def _without_traces(gm: fx.GraphModule) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,7 +11,20 @@ from torch._export.serde.serialize import _SYM_OPS, deserialize_scalar_type
 from torch._export.serde.union import _Union as Union
 from torch.export.pt2_archive._package import load_pt2
 
-__all__ = ["Union", "dispatched_operators", "dtype_of", "load_pt2", "schema", "size_functions", "vmap_functions"]
+__all__ = [
+    "Union",
+    "dispatched_operators",
+    "drop_guards_of_equal_sizes",
+    "dtype_of",
+    "load_pt2",
+    "schema",
+    "size_functions",
+    "vmap_functions",
+]
+
+#: such as ``L['x'].size()[0]``
+_SIZE = r"L[\w'\[\].]*\.size\(\)\[\d+\]"
+_EQUAL_SIZES = re.compile(f"{_SIZE} == {_SIZE}")
 
 
 def size_functions() -> set[str]:
@@ -47,3 +61,12 @@ def dtype_of(number: int) -> torch.dtype:
         raise ValueError(f"no dtype has the number {number}") from None
     dtype: torch.dtype = found
     return dtype
+
+
+def drop_guards_of_equal_sizes(program: torch.export.ExportedProgram) -> None:
+    """Of the code that checks a program's inputs, leave out what says that two sizes are one.
+
+    ``module()`` says that by itself of inputs whose sizes are one symbol.
+    """
+    guards = [guard for guard in getattr(program, "_guards_code", []) if not _EQUAL_SIZES.fullmatch(guard)]
+    program._guards_code = guards

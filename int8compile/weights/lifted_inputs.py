@@ -46,6 +46,11 @@ class LiftedInputs:
     def __init__(self, store: WeightStore, inputs: Sequence[LiftedInput], written: Sequence[int] = ()) -> None:
         self._store, self._inputs, self._written = store, inputs, written
         self._positions = sorted({position for lifted in inputs for position, _ in lifted.sources})
+        # Weights of which there are several int8 forms: all are made before the first frees the weight.
+        taken = [source for lifted in inputs for source, _ in lifted.sources]
+        self._several = [
+            i for i, lifted in enumerate(inputs) if any(taken.count(source) > 1 for source, _ in lifted.sources)
+        ]
         # Of the last call: whether weights are what they were, the entries, and the weights' storages.
         self._last: tuple[_Unchanged, list[weakref.ref[Entry]], set[int]] | None = None
 
@@ -83,6 +88,8 @@ class LiftedInputs:
         if self._overlap(args, storages):
             return None
         unchanged = unchanged_from_now(weights)  # first: a change from here on is then seen
+        for i in self._several:
+            self._store.entry(groups[i])
         pairs = zip(groups, self._inputs, strict=True)
         entries = [self._store.entry(group, lifted.release) for group, lifted in pairs]
         self._last = unchanged, [weakref.ref(entry) for entry in entries], storages

@@ -117,9 +117,7 @@ class WeightStore:
                 target.weight_scale.copy_(part.int8_weight.weight_scale)
             start += source.rows
         stamps = tuple(
-            part.stamps[0]
-            if part is not None
-            else Stamp(source.tensor, self._forgetter((id(source.tensor), source.transposed)))
+            part.stamps[0] if part is not None else self._stamp(source)
             for source, part in zip(sources, parts, strict=True)
         )
         entry = self._entries[key] = Entry(int8_weight, stamps)
@@ -131,6 +129,13 @@ class WeightStore:
         entry = self._entries.get(((id(source.tensor), source.transposed),))
         return entry if entry is not None and entry.matches([source]) else None
 
+    def _stamp(self, source: FloatWeight) -> Stamp:
+        """One for both orders in which a weight may be read: once it is released, it is so in either."""
+        other = self._entries.get(((id(source.tensor), not source.transposed),))
+        if other is not None and other.stamps[0].matches(source.tensor):
+            return other.stamps[0]
+        return Stamp(source.tensor, self._forgetter(id(source.tensor)))
+
     def _make_views(self, key: _Key, entry: Entry, sources: Sequence[FloatWeight]) -> None:
         """Point each source's own entry at its rows of the merged matrix, so that nothing is held twice."""
         if len(sources) == 1:
@@ -140,7 +145,7 @@ class WeightStore:
             self._entries[(part,)] = Entry(entry.int8_weight.rows(start, source.rows), (stamp,))
             start += source.rows
 
-    def _forgetter(self, part: tuple[int, bool]) -> Callable[[], None]:
+    def _forgetter(self, weight: int) -> Callable[[], None]:
         store = weakref.ref(self)
 
         def forget() -> None:
@@ -148,7 +153,7 @@ class WeightStore:
             if alive is not None:
                 with alive._lock:
                     # (A list first: what dies while this goes on, by a garbage collection, changes the dict.)
-                    for key in [k for k in list(alive._entries) if part in k]:
+                    for key in [k for k in list(alive._entries) if any(weight == id_ for id_, _ in k)]:
                         alive._entries.pop(key, None)
 
         return forget

@@ -334,6 +334,23 @@ def test_released_weights_come_back(transposed):
     torch.testing.assert_close(module.w, before, rtol=0.01, atol=0.02)
 
 
+def test_weights_that_are_read_in_both_orders_are_released_after_both():
+    module = Experts(lambda w, x, ids: gathered_stored(w, gathered(w, x, ids), ids).relu() - gathered(w, x, ids))
+    module.w = torch.nn.Parameter(torch.randn(E, K, K).bfloat16() / 4, requires_grad=False)
+    with torch.no_grad():
+        want = compile_eager(module)(X, IDS)
+        compiled = compile_eager(module, release_weights=True)
+        int8compile.invalidate(module)
+        assert torch.equal(compiled(X, IDS), want)
+        with pytest.raises(RuntimeError, match="freed by release_weights"):
+            module.w.sum()
+        assert torch.equal(compiled(X, IDS), want)
+    int8compile.restore_weights_(module)
+    with torch.no_grad():
+        assert relative_error(module(X, IDS), want) < 0.03
+        assert relative_error(compiled(X, IDS), want) < 0.03
+
+
 def test_gradients_reach_the_activation():
     module, x = Experts(grouped), X.clone().requires_grad_()
     compile_eager(module)(x, OFFSETS).sum().backward()

@@ -18,6 +18,7 @@ from torch import nn
 import int8compile
 from int8compile.errors import ExportError, ProgramFileError
 from int8compile.files import WORK_FOLDER, replaced
+from int8compile.ops import grouped_linear
 from int8compile.programs.archive import FORMAT_VERSION
 
 
@@ -46,6 +47,30 @@ def program() -> torch.export.ExportedProgram:
 def saved(program, tmp_path) -> Path:
     int8compile.save(program, tmp_path / "model.pt2")
     return tmp_path / "model.pt2"
+
+
+class Gathered(nn.Module):
+    """As many rows as indices, for a layer of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 24, 16), requires_grad=False)
+
+    def forward(self, x, ids):
+        return torch.bmm(self.experts[ids], x.unsqueeze(-1)).squeeze(-1)
+
+
+def test_inputs_of_one_dynamic_size(tmp_path):
+    x, ids = torch.randn(6, 16), torch.tensor([2, 0, 3, 2, 0, -1])
+    size = {0: torch.export.Dim.DYNAMIC}
+    program = int8compile.export(Gathered().eval(), (x, ids), dynamic_shapes=(size, size), config={"min_features": 0})
+    int8compile.save(program, tmp_path / "model.pt2")
+    back = int8compile.load(tmp_path / "model.pt2")
+    assert any(node.target is grouped_linear for node in back.graph.nodes)
+    for rows in (6, 4):
+        assert torch.equal(back.module()(x[:rows], ids[:rows]), program.module()(x[:rows], ids[:rows]))
+    with pytest.raises((AssertionError, RuntimeError)):
+        back.module()(x, ids[:1])
 
 
 def test_what_comes_back_is_what_went_in(program, saved):

@@ -138,6 +138,27 @@ def test_a_new_weight_takes_the_freed_ones_place(released):
     assert torch.equal(call(x), int8_linear(x, fresh, model[0].bias))
 
 
+def test_a_weight_read_in_both_orders_is_freed_after_both():
+    """As of an autoencoder whose decoder has the encoder's weight."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 16), requires_grad=False)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight).relu() @ self.weight
+
+    model, x = Tied(), torch.randn(3, 16)
+    want = model(x)
+    call = compile_eager(model, release_weights=True)
+    out = call(x)
+    torch.testing.assert_close(out, want, rtol=0.05, atol=0.5)
+    with pytest.raises(RuntimeError, match="freed by release_weights"):
+        model.weight.sum()
+    assert torch.equal(call(x), out)
+
+
 def test_what_the_graph_reads_as_float_or_shares_storage_is_kept():
     class Shared(nn.Module):
         def __init__(self):
