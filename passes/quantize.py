@@ -165,6 +165,9 @@ class Facts:
             return Reason.RESHAPED, ""
         if experts.beside or self.config.llm_int8_has_fp16_weight:
             return Reason.EXPERTS, experts.beside or "llm_int8_has_fp16_weight"
+        tensors = [meta_tensor(n) for n in (experts.weight, *(experts.gather or ())[1:])]
+        if len({t.device for t in tensors if t is not None}) > 1:  # ids may be on the CPU, whatever they index
+            return Reason.EXPERTS, "ids on another device"
         if experts.gather is not None and self.effects.changes(experts.gather.node, experts.gather.node, node):
             return Reason.MUTATED, "after gathering"
         return None if node.users else (Reason.UNREAD, "")

@@ -200,6 +200,13 @@ def test_indices_count_from_the_end_and_out_of_range_they_are_refused():
             compiled(X, IDS + 1)
 
 
+def test_ids_on_another_device_stay_float():
+    with torch.device("meta"):
+        module = Experts(gathered)
+        x = torch.empty_like(X, device="meta")
+    assert untouched(module, x, IDS) == [(Reason.EXPERTS, "ids on another device")]
+
+
 def gathered_and_written(w, x, ids):
     selected = w[ids]
     selected.mul_(2)
