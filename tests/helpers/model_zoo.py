@@ -214,8 +214,8 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _VISION = {k: v for k, v in _SIZES.items() if k.endswith(("_size", "_layers", "_heads")) and k != "vocab_size"}
 _VISION |= {"image_size": 16, "patch_size": 8}
 _LM_HEAD = {Reason.OUTPUT_EMBEDDING: 1}
-# Inductor keeps bf16 intermediates in fp32 where it can, and so does our attention; here they are to be rounded as eager
-# rounds them.
+# Inductor keeps bf16 intermediates in fp32 where it can, and so does our attention; here they are to be rounded as
+# eager rounds them.
 _ROUNDED = {"inductor": {"emulate_precision_casts": True}, "attention": "torch"}
 
 
