@@ -10,7 +10,8 @@ import platform
 import pydoc_data.topics
 import statistics
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def token_windows(tokenizer: Any, count: int, length: int) -> list[list[int]]:
     tokens = tokenizer(english_text(), add_special_tokens=False).input_ids
     windows = [tokens[start : start + length] for start in range(0, count * length, length)]
     return [window for window in windows if len(window) == length]
+
+
+def seconds_a_call(call: Callable[[], Any], sample_seconds: float) -> float:
+    """Seconds of a call, of as many calls as take a sample's time."""
+    start = time.perf_counter()
+    call()
+    count = max(1, int(sample_seconds / (time.perf_counter() - start)))
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def perplexity(nlls: Iterable[float]) -> float:

@@ -14,7 +14,6 @@ and without groups ``two rows``: the query as two equal rows, of which one is ke
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -66,7 +65,9 @@ def _measure(
         torch.testing.assert_close(form(query, key, value, mask).float(), expected, rtol=2e-2, atol=2e-2, msg=name)
     for _ in range(rounds):
         for name, form in forms.items():
-            seconds[name].append(_seconds(functools.partial(form, query, key, value, mask)))
+            seconds[name].append(
+                common.seconds_a_call(functools.partial(form, query, key, value, mask), SAMPLE_SECONDS)
+            )
     return {name: vars(Timing.of(samples)) for name, samples in seconds.items()}
 
 
@@ -91,17 +92,6 @@ def _forms(groups: int) -> dict[str, Form]:
 
     other: dict[str, Form] = {"folded": folded} if groups > 1 else {"two rows": two_rows}
     return {"grouped": grouped, **other, "written out": written_out}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Seconds a call, of as many as take a sample's time."""
-    start = time.perf_counter()
-    call()
-    count = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - start)))
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
 
 
 def _print(output: dict[str, Any], console: Console) -> None:

@@ -11,7 +11,6 @@ table in ``int8compile/native/attention.py``. On a CPU with AVX512, PyTorch keep
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -118,19 +117,8 @@ def _measure(forms: dict[str, Form], rounds: int) -> dict[str, dict[str, float]]
         torch.testing.assert_close(form().float(), expected, rtol=2e-2, atol=2e-2, msg=name)
     for _ in range(rounds):
         for name, form in forms.items():
-            seconds[name].append(_seconds(form))
+            seconds[name].append(common.seconds_a_call(form, SAMPLE_SECONDS))
     return {name: vars(Timing.of(samples)) for name, samples in seconds.items()}
-
-
-def _seconds(call: Form) -> float:
-    """Seconds a call, of as many as take a sample's time."""
-    start = time.perf_counter()
-    call()
-    count = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - start)))
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
 
 
 def _print(output: dict[str, Any], console: Console) -> None:

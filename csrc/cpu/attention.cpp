@@ -6,11 +6,12 @@
 #include "attention.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
+
+#include "scratch.h"
 
 namespace int8compile {
 namespace {
@@ -20,10 +21,6 @@ constexpr int64_t kBlockRows = 192;
 constexpr int64_t kMostQueries = 128;
 constexpr int64_t kFewestQueries = 16;
 constexpr int64_t kGrain = 16384;  // scores worth a thread
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Positions in a block.
 int64_t block_size(const Attention& call, int64_t threads) {
@@ -86,7 +83,7 @@ void attend(const AttentionKernels& use, const Attention& call) {
   const int64_t workers = std::clamp<int64_t>(std::min(count, scores / kGrain), 1, threads);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(scratch);
+    Scratch<char> memory(scratch);
     for (int64_t i = taken++; i < count; i = taken++) {
       const int64_t heads = i % (call.batch * call.kv_heads), index = blocks - 1 - i / (call.batch * call.kv_heads);
       QueryBlock block = {};
@@ -95,7 +92,7 @@ void attend(const AttentionKernels& use, const Attention& call) {
       block.kv_head = heads % call.kv_heads;
       block.first = index * size;
       block.count = std::min(size, call.queries - block.first);
-      block.scratch = memory.get();
+      block.scratch = memory.data();
       summaries.set(block, index);
       use.attend(block);
     }

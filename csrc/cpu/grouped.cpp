@@ -5,11 +5,11 @@
 #include "grouped.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "scratch.h"
 #include "weight_only.h"
 
 namespace int8compile {
@@ -21,29 +21,6 @@ constexpr int64_t kProductGrain = 131072;  // multiplications worth a thread
 // What it costs to read a weight from memory, in rows that could be multiplied meanwhile. Measured nowhere: shares of
 // experts with many rows and with one should merely be of the same order.
 constexpr int64_t kReadingRows = 16;
-
-template <class T>
-struct Memory {
-  explicit Memory(int64_t count) : held(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {}
-
-  T* data() {
-    return static_cast<T*>(held.get());
-  }
-
-  c10::DataPtr held;
-};
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int64_t bytes(Float type, int64_t elements) {
-  return elements * (type == Float::f32 ? 4 : 2);
-}
-
-const void* element(const void* data, Float type, int64_t at) {
-  return data == nullptr ? nullptr : static_cast<const char*>(data) + bytes(type, at);
-}
 
 // `flags` [groups, k] is null or takes each group's outlier columns.
 void quantize_groups(
@@ -74,9 +51,9 @@ Product product_of(const Group& group, int64_t begin, int64_t end, Float type, c
   product.weight = {
       experts.weight + group.expert * experts.expert_stride + begin * experts.row_stride, experts.row_stride};
   product.weight_scale = experts.weight_scale + column;
-  product.bias = element(experts.bias, experts.bias_type, column);
+  product.bias = experts.bias == nullptr ? nullptr : element(experts.bias, experts.bias_type, column);
   product.bias_type = experts.bias_type;
-  product.out = static_cast<char*>(experts.out) + bytes(type, group.begin * experts.cols + begin);
+  product.out = const_cast<char*>(element(experts.out, type, group.begin * experts.cols + begin));
   product.out_type = type;
   product.out_stride = experts.cols;
   return product;
@@ -134,9 +111,9 @@ void quantized_groups(
     return;
   }
   const int64_t rows = groups.back().end;
-  Memory<int8_t> codes(rows * x.k);
-  Memory<float> scale(rows);
-  Memory<uint8_t> flags(outliers ? int64_t(groups.size()) * x.k : 0);
+  Scratch<int8_t> codes(rows * x.k);
+  Scratch<float> scale(rows);
+  Scratch<uint8_t> flags(outliers ? int64_t(groups.size()) * x.k : 0);
   uint8_t* const found = outliers ? flags.data() : nullptr;
   quantize_groups(x, groups, threshold, codes.data(), scale.data(), found);
   share(x, groups, experts, [&](size_t group, const Activation& own, const Product& product) {

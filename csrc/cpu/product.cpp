@@ -10,9 +10,9 @@
 #include "product.h"
 
 #include "plan.h"
+#include "scratch.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstring>
@@ -23,31 +23,6 @@ namespace {
 constexpr int64_t kQuantizeGrain = 32768;  // elements worth a thread
 constexpr int64_t kPackGrain = 131072;  // codes worth a thread
 constexpr int64_t kProductGrain = 131072;  // multiplications worth a thread
-
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {}
-
-  T* data() {
-    return static_cast<T*>(memory_.get());
-  }
-
- private:
-  c10::DataPtr memory_;
-};
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int64_t size_of(Float type) {
-  return type == Float::f32 ? 4 : 2;
-}
-
-const char* element(const void* data, Float type, int64_t at) {
-  return static_cast<const char*>(data) + at * size_of(type);
-}
 
 // The indices of the bytes that are set, which are few; returns how many.
 int64_t list_columns(const uint8_t* flags, int64_t k, int32_t* columns) {

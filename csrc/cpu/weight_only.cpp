@@ -6,9 +6,10 @@
 #include "weight_only.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+
+#include "scratch.h"
 
 namespace int8compile {
 namespace {
@@ -16,25 +17,17 @@ namespace {
 constexpr int64_t kWidenGrain = 65536;  // elements worth a thread
 constexpr int64_t kProductGrain = 65536;  // multiplications worth a thread
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-const char* element(const void* data, Float type, int64_t at) {
-  return static_cast<const char*>(data) + at * (type == Float::f32 ? 4 : 2);
-}
-
 // Rows of floats, each a multiple of kFloatStep long with zeros at its end: x itself, or a copy.
 class FloatRows {
  public:
   FloatRows(const Kernels& use, const Activation& x)
       : as_they_are_(x.type == Float::f32 && x.k % kFloatStep == 0), stride_(stride_of(x)),
-        memory_(c10::GetCPUAllocator()->allocate(as_they_are_ ? 0 : x.rows * stride_ * sizeof(float))) {
+        memory_(as_they_are_ ? 0 : x.rows * stride_) {
     if (as_they_are_) {
       data_ = static_cast<const float*>(x.data);
       return;
     }
-    auto* to = static_cast<float*>(memory_.get());
+    float* to = memory_.data();
     at::parallel_for(0, x.rows, divide_up(kWidenGrain, stride_), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         use.widen_row(element(x.data, x.type, row * x.k), x.type, x.k, to + row * stride_);
@@ -59,7 +52,7 @@ class FloatRows {
 
   bool as_they_are_;
   int64_t stride_;
-  c10::DataPtr memory_;
+  Scratch<float> memory_;
   const float* data_;
 };
 
