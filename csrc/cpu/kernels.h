@@ -66,7 +66,7 @@ struct Tile {
   const void* bias;  // or null
   Float bias_type;
   Outliers outliers;
-  float* gathered;  // scratch, [outliers.count, kStrip]
+  float* gathered;  // scratch, [outliers.count, kTileCols]
   void* out;
   int64_t out_stride;
   Float out_type;

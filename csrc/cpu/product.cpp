@@ -5,7 +5,7 @@
 // the sums are exact integers and the epilogue works on one output element at a time.
 //
 // Scratch memory is the codes (a byte an element of x, two where the provider packs them), the residuals in outlier
-// columns, and, a thread, a tile of sums and the gathered weights of one strip.
+// columns, and, a thread, a tile of sums and its weights in outlier columns.
 
 #include "product.h"
 
@@ -145,7 +145,7 @@ void multiply_part(
     const Product& p) {
   alignas(64) static thread_local int32_t sums[kTileRows * kTileCols];
   const Prepared prepared(left.packing());
-  Scratch<float> gathered(outliers.count * kStrip);
+  Scratch<float> gathered(outliers.count * kTileCols);
   const int64_t col_step = tile_cols(rows.end - rows.begin, k);
   for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
     const Codes codes = left.codes.from_row(row);
