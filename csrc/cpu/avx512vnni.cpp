@@ -15,6 +15,8 @@
 
 INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")
 
+#include "transpose.h"
+
 #include "finish.h"
 #include "float_product.h"
 #include "panel.h"
@@ -35,6 +37,9 @@ struct ZmmLanes {
     return rows <= 3 ? 8 : 4;
   }
 
+  // 24 accumulators, three registers of weights and a broadcast.
+  static constexpr int panel_rows = 8;
+
   static __m512i zero() {
     return _mm512_setzero_si512();
   }
@@ -49,6 +54,18 @@ struct ZmmLanes {
 
   static __m512i load_first(const int8_t* from, int64_t count) {
     return _mm512_maskz_loadu_epi8((__mmask64(1) << count) - 1, from);
+  }
+
+  static __m512i of_all(int32_t value) {
+    return _mm512_set1_epi32(value);
+  }
+
+  static __m512i load_sums(const int32_t* from) {
+    return _mm512_loadu_si512(from);
+  }
+
+  static void store_sums(int32_t* to, __m512i sums) {
+    _mm512_storeu_si512(to, sums);
   }
 
   static __m512i flip_sign(__m512i codes) {

@@ -1,6 +1,6 @@
 // The provider for x86 with AVX2 and int8 dot products on its registers (Alder Lake, Sierra Forest, Zen 5 and later).
 //
-// The product is vnni.h's; the rest is AVX2's. (AVX-VNNI-INT8, which multiplies signed by signed codes, would save one
+// The products are vnni.h's and panel.h's; the rest is AVX2's. (AVX-VNNI-INT8, which multiplies signed by signed codes, would save one
 // exclusive or a weight register. The CPUs that have it are few, and the loads are the bound there.)
 
 #include "kernels.h"
@@ -16,6 +16,9 @@
 
 INT8COMPILE_TARGET("avx2,fma,f16c,avxvnni")
 
+#include "transpose_avx2.h"
+
+#include "panel.h"
 #include "vnni.h"
 
 namespace int8compile {
@@ -29,6 +32,9 @@ struct YmmLanes {
   static constexpr int block_cols(int rows) {
     return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : 2;
   }
+
+  // 12 accumulators, three registers of weights and a broadcast.
+  static constexpr int panel_rows = 4;
 
   static __m256i zero() {
     return _mm256_setzero_si256();
@@ -46,6 +52,18 @@ struct YmmLanes {
     int8_t padded[width] = {};
     std::memcpy(padded, from, count);
     return load(padded);
+  }
+
+  static __m256i of_all(int32_t value) {
+    return _mm256_set1_epi32(value);
+  }
+
+  static __m256i load_sums(const int32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+
+  static void store_sums(int32_t* to, __m256i sums) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sums);
   }
 
   static __m256i flip_sign(__m256i codes) {
@@ -76,7 +94,8 @@ const Kernels* avxvnni_kernels() {
   static const Kernels table = [] {
     Kernels made = *avx2_kernels();
     made.name = "avxvnni";
-    made.multipliers = Multipliers().with(Method::dot, {Vnni<YmmLanes>::product});
+    made.multipliers =
+        Multipliers().with(Method::dot, {Vnni<YmmLanes>::product}).with(Method::panel, {Panel<YmmLanes>::product});
     made.method = avxvnni_method;
     made.row_sum = Vnni<YmmLanes>::row_sum;
     return made;

@@ -66,7 +66,7 @@ struct Tile {
   const void* bias;  // or null
   Float bias_type;
   Outliers outliers;
-  float* gathered;  // scratch, [outliers.count, kTileCols]
+  float* gathered;  // scratch, [outliers.count, cols rounded up to strips]
   void* out;
   int64_t out_stride;
   Float out_type;

@@ -1,16 +1,20 @@
 // The exact int32 product of an int8 tile with many rows, by dot products of unsigned with signed bytes (vpdpbusd).
 //
 // As in vnni.h the weight is the unsigned operand, shifted by flipping its sign bit, and the sums of a row begin at what
-// takes the shift off. There the dot products run along K and end in horizontal sums; here 16 columns are the lanes of a
-// register, so there are none. For that the weight is packed, a panel of up to 48 columns at a time:
+// takes the shift off. There the dot products run along K and end in horizontal sums; here columns are the lanes of a
+// register, 16 (AVX512) or 8, so there are none. For that the weight is packed, a panel of up to three registers at a time:
 //
-//   panel [K / 4][registers][16 columns][4 codes]
+//   panel [K / 4][registers][16 or 8 columns][4 codes]
 //
 // and each row of the activation, which stays row-major, is read four codes at a time, broadcast to all columns. A panel
 // is packed once a tile and serves all its rows, which has to pay for packing (plan.cpp). It is as deep as it can be
 // and stay in L1, where all blocks of rows read it again.
 //
-// What bounds it: 24 dot products, two a cycle, for three loads of the panel and eight broadcasts.
+// What bounds it: two dot products a cycle; 24 of them (12 with 16 registers) for three loads of the panel and eight (four)
+// broadcasts.
+//
+// Of `Lanes` it takes what vnni.h names and panel_rows, the rows of a block; of_all(int32), load_sums(), store_sums(), and
+// transpose<true>() in terms of its register.
 
 #pragma once
 
@@ -21,29 +25,28 @@
 
 #include "kernels.h"
 #include "target.h"
-#include "transpose.h"
 #include "vnni.h"
 
 namespace int8compile {
 namespace {
 
 constexpr int kPanelRegisters = 3;
-constexpr int kPanelBlock = 8;  // rows at a time
 constexpr int64_t kLane = 4;  // codes of a column in a register
-constexpr int64_t kPanelDepth = 640;  // codes along K at most: 30 KB of a 32 or 48 KB L1
+constexpr int64_t kPanelBytes = 30720;  // of a 32 or 48 KB L1
 
 template <class Lanes>
 struct Panel {
   using Register = typename Lanes::Register;
   static constexpr int64_t columns = Lanes::width / kLane;  // of a register
+  static constexpr int64_t most_deep = kPanelBytes / (kPanelRegisters * columns);  // codes along K
 
   // Out of line: where the address is known to be thread-local, compilers look it up again in every loop.
   __attribute__((noinline)) static int8_t* of_thread() {
-    alignas(64) static thread_local int8_t panel[kPanelDepth * kPanelRegisters * columns];
+    alignas(64) static thread_local int8_t panel[kPanelBytes];
     return panel;
   }
 
-  // Register `index` of a panel of `registers`: `cols` <= 16 columns of `k` codes; the rest of it is of no account.
+  // Register `index` of a panel of `registers`: up to 16 (8) columns of `k` codes; the rest of it is of no account.
   static void pack(Codes b, int64_t cols, int64_t k, int index, int registers, int8_t* panel) {
     const int64_t step = registers * Lanes::width;
     panel += index * Lanes::width;
@@ -81,7 +84,7 @@ struct Panel {
     }
     INT8COMPILE_UNROLL
     for (int r = 0; r < rows; ++r) {
-      const Register q = _mm512_set1_epi32(four(row[r] + at, count));
+      const Register q = Lanes::of_all(four(row[r] + at, count));
       INT8COMPILE_UNROLL
       for (int i = 0; i < registers; ++i) {
         Lanes::add_products(acc[r][i], w[i], q);
@@ -100,8 +103,8 @@ struct Panel {
       row[r] = a.data + r * a.stride;
       INT8COMPILE_UNROLL
       for (int i = 0; i < registers; ++i) {
-        acc[r][i] = start == nullptr ? _mm512_loadu_si512(sums + r * kTileCols + i * columns)
-                                     : _mm512_set1_epi32(start[r]);
+        acc[r][i] = start == nullptr ? Lanes::load_sums(sums + r * kTileCols + i * columns)
+                                     : Lanes::of_all(start[r]);
       }
     }
     int64_t at = 0;
@@ -115,32 +118,19 @@ struct Panel {
     for (int r = 0; r < rows; ++r) {
       INT8COMPILE_UNROLL
       for (int i = 0; i < registers; ++i) {
-        _mm512_storeu_si512(sums + r * kTileCols + i * columns, acc[r][i]);
+        Lanes::store_sums(sums + r * kTileCols + i * columns, acc[r][i]);
       }
     }
   }
 
-  template <int registers>
-  static void some_rows(
-      int64_t rows, Codes a, int64_t k, const int8_t* panel, const int32_t* start, int32_t* sums) {
-    switch (rows) {
-      case 1:
-        return block<1, registers>(a, k, panel, start, sums);
-      case 2:
-        return block<2, registers>(a, k, panel, start, sums);
-      case 3:
-        return block<3, registers>(a, k, panel, start, sums);
-      case 4:
-        return block<4, registers>(a, k, panel, start, sums);
-      case 5:
-        return block<5, registers>(a, k, panel, start, sums);
-      case 6:
-        return block<6, registers>(a, k, panel, start, sums);
-      case 7:
-        return block<7, registers>(a, k, panel, start, sums);
-      default:
-        return block<8, registers>(a, k, panel, start, sums);
+  template <int registers, int most = Lanes::panel_rows>
+  static void some_rows(int64_t rows, Codes a, int64_t k, const int8_t* panel, const int32_t* start, int32_t* sums) {
+    if constexpr (most > 1) {
+      if (rows < most) {
+        return some_rows<registers, most - 1>(rows, a, k, panel, start, sums);
+      }
     }
+    block<most, registers>(a, k, panel, start, sums);
   }
 
   static void all_rows(
@@ -170,8 +160,8 @@ struct Panel {
       start[r] = Vnni<Lanes>::start_of(a, r, k);
     }
     // As even as can be: 9 rows as 5 + 4, not 8 + 1.
-    const int64_t blocks = (rows + kPanelBlock - 1) / kPanelBlock, row_block = (rows + blocks - 1) / blocks;
-    const int64_t pieces = (k + kPanelDepth - 1) / kPanelDepth;  // as even as can be, too
+    const int64_t blocks = (rows + Lanes::panel_rows - 1) / Lanes::panel_rows, row_block = (rows + blocks - 1) / blocks;
+    const int64_t pieces = (k + most_deep - 1) / most_deep;  // as even as can be, too
     const int64_t depth = pieces == 0 ? 0 : ((k + pieces - 1) / pieces + Lanes::width - 1) / Lanes::width * Lanes::width;
     int8_t* panel = of_thread();
     for (int64_t col = 0; col < cols; col += kPanelRegisters * columns) {

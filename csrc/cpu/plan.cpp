@@ -2,16 +2,19 @@
 //
 //   method   of                rows     why
 //   widened  portable, avx2    any      int16 products; their only one (widened.h)
-//   dot      avxvnni           any      their only one: dot products along K, straight from the weight (vnni.h)
-//            avx512vnni, amx   few      nothing to prepare, and the weight comes from memory no faster
+//   dot      all with VNNI     few      dot products along K, straight from the weight (vnni.h): nothing to prepare, and
+//                                       the weight comes from memory no faster
 //   panel    avx512vnni        64..     packs the weight, 48 columns at a time, and has no horizontal sums (panel.h);
 //                              32..     where K is so deep that dot has to add up several pieces of it
+//            avxvnni           24..     the same, 24 columns at a time; where K is so small that dot's horizontal sums tell
+//                              128..    for any K
 //   amx      amx               5..      packs the activation (amx.cpp); K of a fragment at least
 //
 // What was measured: avx512vnni on an Emerald Rapids, shapes of 576x576 to 4096x11008. On one thread and on two the panel
 // was 0.7 to 1.0 times as fast as dot at 16 rows, 0.8 to 1.1 at 32, 0.95 to 1.2 at 64 and 1.0 to 1.4 at 128; on one alone,
 // since its row sums come with the call, 0.93 to 1.1 at 48. 11008x4096 takes it 1.1 to 1.3 times as fast at 32 already. The
-// rows of amx are an estimate. `int8compile tune` measures on the machine at hand.
+// same CPU held to avxvnni: K = 576 1.1 at 24 rows and 1.3 from 64, K = 2048 0.85 to 1.0 at 32 and 1.1 at 512, K = 4096
+// 0.95 to 1.1 from 64. The rows of amx are an estimate. `int8compile tune` measures on the machine at hand.
 
 #include "plan.h"
 
@@ -32,8 +35,8 @@ Method avx2_method(const Sizes&) {
   return Method::widened;
 }
 
-Method avxvnni_method(const Sizes&) {
-  return Method::dot;
+Method avxvnni_method(const Sizes& sizes) {
+  return sizes.rows >= (sizes.k <= 1024 ? 24 : 128) ? Method::panel : Method::dot;
 }
 
 Method avx512vnni_method(const Sizes& sizes) {

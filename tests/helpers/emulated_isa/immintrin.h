@@ -70,6 +70,10 @@ inline __m256i _mm256_set1_epi8(char value) {
   return emulated::make<int8_t, __m256i>([=](int) { return value; });
 }
 
+inline __m256i _mm256_set1_epi32(int value) {
+  return emulated::make<int32_t, __m256i>([=](int) { return value; });
+}
+
 inline __m256i _mm256_loadu_si256(const __m256i* from) {
   return emulated::load<__m256i>(from);
 }
@@ -101,6 +105,31 @@ inline __m128i _mm256_castsi256_si128(__m256i v) {
 
 inline __m128i _mm256_extracti128_si256(__m256i v, int half) {
   return emulated::load<__m128i>(v.bytes + 16 * half);
+}
+
+inline __m256i _mm256_castsi128_si256(__m128i v) {
+  return emulated::make<uint8_t, __m256i>([&](int i) { return i < 16 ? v.bytes[i] : uint8_t(0xa5); });
+}
+
+inline __m256i _mm256_inserti128_si256(__m256i v, __m128i half, int at) {
+  std::memcpy(v.bytes + 16 * at, half.bytes, sizeof(half.bytes));
+  return v;
+}
+
+inline __m256i _mm256_unpacklo_epi32(__m256i a, __m256i b) {
+  return emulated::unpack<uint32_t>(a, b, 0);
+}
+
+inline __m256i _mm256_unpackhi_epi32(__m256i a, __m256i b) {
+  return emulated::unpack<uint32_t>(a, b, 1);
+}
+
+inline __m256i _mm256_unpacklo_epi64(__m256i a, __m256i b) {
+  return emulated::unpack<uint64_t>(a, b, 0);
+}
+
+inline __m256i _mm256_unpackhi_epi64(__m256i a, __m256i b) {
+  return emulated::unpack<uint64_t>(a, b, 1);
 }
 
 inline __m256i _mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) {

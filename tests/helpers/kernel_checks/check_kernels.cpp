@@ -156,7 +156,8 @@ void check_finish(const Kernels& use, Random& random, int64_t rows, int64_t cols
   const int64_t k = 40, stride = cols + random.below(3);
   const Exact<int8_t> weight = codes(random, cols, k, 0, 0);
   Exact<int32_t> sums(rows * kTileCols), columns(count);
-  Exact<float> row_scale(rows), weight_scale(cols), residual(rows * count), gathered(count * kStrip);
+  Exact<float> row_scale(rows), weight_scale(cols), residual(rows * count);
+  Exact<float> gathered(count * ((cols + kStrip - 1) / kStrip * kStrip));
   for (int32_t& sum : sums) {
     sum = int32_t(random.below(200001) - 100000);
   }
