@@ -143,6 +143,7 @@ constexpr Kernels kAvx2 = {
     "avx2",
     quantize_row_of<Avx2Vec>,
     residual_row_of<Avx2Vec>,
+    quantize_calibrated_row_of<Avx2Vec>,
     Multipliers().with(Method::widened, {widened_product<Avx2Micro>}),
     avx2_method,
     finish_tile<Avx2Vec>,

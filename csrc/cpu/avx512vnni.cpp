@@ -95,6 +95,7 @@ constexpr Kernels kAvx512Vnni = {
     "avx512vnni",
     quantize_row_of<Avx512Vec>,
     residual_row_of<Avx512Vec>,
+    quantize_calibrated_row_of<Avx512Vec>,
     Multipliers().with(Method::dot, {Vnni<ZmmLanes>::product}).with(Method::panel, {Panel<ZmmLanes>::product}),
     avx512vnni_method,
     finish_tile<Avx512Vec>,

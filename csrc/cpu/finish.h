@@ -2,6 +2,7 @@
 //
 // In the reference's order, so that without outlier columns the output has the reference's bits:
 //   ((row_scale * sum + residual product) * weight_scale + bias), one rounding.
+// The sum is that of the codes, plus 128 times that of high bytes, where some columns have any.
 // The tile is done in strips of 16 columns. First each gathers its weights in the outlier columns, as floats; then a few
 // rows at a time go through all strips, eight registers' worth staying in registers from the sums to the output. So whole
 // cache lines are written, which are asked for some rows ahead: the output comes from memory, and waiting for it took more
@@ -94,7 +95,12 @@ inline void finish_rows(const Tile& tile, const Strip<Vec>& strip, int64_t row) 
     Out* to = strip.cols == kStrip ? out : padded;
     INT8COMPILE_UNROLL
     for (int i = 0; i < vecs; ++i) {
-      Vec value = Vec::load(tile.sums + (row + r) * kTileCols + strip.at + i * Vec::width) * row_scale;
+      const int64_t at = (row + r) * kTileCols + strip.at + i * Vec::width;
+      Vec value = Vec::load(tile.sums + at);
+      if (tile.high_sums != nullptr) {
+        value = value + Vec::load(tile.high_sums + at) * Vec::all(128.0f);
+      }
+      value = value * row_scale;
       if (count > 0) {
         value = value + product[r][i];
       }

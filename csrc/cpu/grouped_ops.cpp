@@ -42,7 +42,7 @@ Tensor grouped_linear(
     const OptionalTensor& bias, double threshold, c10::string_view outlier_policy) {
   constexpr const char* op = "grouped_linear";
   check_activation(op, x);
-  const float least = checked_threshold(op, threshold);
+  const float least = threshold_of(op, threshold, outlier_policy);
   check_outlier_policy(op, outlier_policy);
   check_experts(op, x, weight, weight_scale, offsets);
   INT8COMPILE_CHECK(x.dim() == 2, op, "x is ", x.sizes(), "; expected [S, K], the rows sorted by expert");

@@ -56,6 +56,13 @@ struct Outliers {
   const float* residual = nullptr;  // [rows, count], already rounded to x's dtype
 };
 
+// Columns whose codes have 16 bits.
+struct WideColumns {
+  int64_t count;
+  const int32_t* at;
+  const uint8_t* flags;  // the bits of all columns, eight a byte, lowest first, with four bytes of zeros behind
+};
+
 // One tile of the output on its way from int32 sums to floats.
 struct Tile {
   int64_t rows, cols;
@@ -70,6 +77,7 @@ struct Tile {
   void* out;
   int64_t out_stride;
   Float out_type;
+  const int32_t* high_sums = nullptr;  // as sums, of the codes' high bytes, which count 128 times; or null
 };
 
 // The largest tile a thread works on at a time: int32 sums of kTileRows x kTileCols stay in its L2.
@@ -171,6 +179,11 @@ struct Kernels {
   void (*residual_row)(
       const void* x, Float type, const int8_t* codes, float scale, float from, int64_t count, const int32_t* columns,
       float* residual);
+
+  // The same as quantize_row where some columns have 16-bit codes, 128 high + low with a low between -64 and 63: `high`
+  // [columns.count], and in those columns of `codes` the low.
+  float (*quantize_calibrated_row)(
+      const void* x, Float type, int64_t k, const WideColumns& columns, int8_t* codes, int8_t* high);
 
   Multipliers multipliers;
 

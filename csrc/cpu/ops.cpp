@@ -41,18 +41,36 @@ struct Operands {
   }
 };
 
+// Columns twice would be multiplied twice, and memory beside the activation read.
+void check_ascending(const char* op, const Tensor& columns, int64_t k) {
+  const auto* at = columns.const_data_ptr<int32_t>();
+  for (int64_t i = 0, before = -1; i < columns.size(0); before = at[i++]) {
+    INT8COMPILE_CHECK(
+        at[i] > before && at[i] < k, op, "columns[", i, "]=", at[i], "; expected features below ", k,
+        ", in ascending order, each once");
+  }
+}
+
 Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
-    c10::string_view outlier_policy) {
+    c10::string_view outlier_policy, const OptionalTensor& columns, const OptionalTensor& column_weight) {
   check_activation("linear", x);
-  const float least = checked_threshold("linear", threshold);
-  check_outlier_policy("linear", outlier_policy);
+  const float least = threshold_of("linear", threshold, outlier_policy);
+  check_outlier_policy("linear", outlier_policy, "calibrated");
   check_weight("linear", x, weight, weight_scale, bias);
+  check_columns("linear", x, weight, outlier_policy, columns, column_weight);
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());
   const Operands operands(weight, weight_scale, bias, out);
   if (outlier_policy == "all") {
     weight_only_linear(activation(values), operands.product);
+    return out;
+  }
+  if (outlier_policy == "calibrated") {
+    const Tensor at = columns->contiguous(), codes = column_weight->contiguous();
+    check_ascending("linear", at, x.size(-1));
+    const Columns wide = {at.size(0), at.const_data_ptr<int32_t>(), {codes.const_data_ptr<int8_t>(), at.size(0)}};
+    calibrated_linear(activation(values), wide, operands.product);
     return out;
   }
   const float residual_from = outlier_policy == "element" ? least : 0.0f;

@@ -50,6 +50,7 @@ constexpr Kernels kPortable = {
     "portable",
     quantize_row_of<PortableVec>,
     residual_row_of<PortableVec>,
+    quantize_calibrated_row_of<PortableVec>,
     Multipliers().with(Method::widened, {widened_product<PortableMicro>}),
     portable_method,
     finish_tile<PortableVec>,

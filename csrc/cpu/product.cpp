@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kQuantizeGrain = 32768;  // elements worth a thread
 constexpr int64_t kPackGrain = 131072;  // codes worth a thread
 constexpr int64_t kProductGrain = 131072;  // multiplications worth a thread
+constexpr int64_t kPanelFromRows = 4;  // of high bytes
 
 // The indices of the bytes that are set, which are few; returns how many.
 int64_t list_columns(const uint8_t* flags, int64_t k, int32_t* columns) {
@@ -53,6 +54,7 @@ struct Operand {
   Sizes sizes;
   const Multiplier* multiplier;
   Codes codes;
+  bool one_method = false;  // whatever the rows
 
   const Packing* packing() const {
     return multiplier->packing;
@@ -60,7 +62,7 @@ struct Operand {
 
   // For a tile of some of the rows. They may be too few for the method of all of them, unless they are packed for it.
   const Multiplier& of_rows(int64_t rows) const {
-    if (rows == sizes.rows || packing() != nullptr) {
+    if (rows == sizes.rows || one_method || packing() != nullptr) {
       return *multiplier;
     }
     const Multiplier& own = use->multipliers[plan(*use, {rows, sizes.cols, sizes.k, sizes.threads})];
@@ -68,22 +70,55 @@ struct Operand {
   }
 };
 
-void pack(const Packing& packing, const Activation& x, const int8_t* codes, int64_t row_bytes, int8_t* packed) {
-  const int64_t grain = divide_up(kPackGrain, kPackRows * x.k);
-  at::parallel_for(0, divide_up(x.rows, kPackRows), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * kPackRows; row < std::min(x.rows, end * kPackRows); row += kPackRows) {
-      packing.pack({codes + row * x.k, x.k}, std::min(kPackRows, x.rows - row), x.k, packed + row * row_bytes);
+void pack(const Packing& packing, const Sizes& of, const int8_t* codes, int64_t row_bytes, int8_t* packed) {
+  const int64_t grain = divide_up(kPackGrain, kPackRows * std::max<int64_t>(of.k, 1));
+  at::parallel_for(0, divide_up(of.rows, kPackRows), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kPackRows; row < std::min(of.rows, end * kPackRows); row += kPackRows) {
+      packing.pack({codes + row * of.k, of.k}, std::min(kPackRows, of.rows - row), of.k, packed + row * row_bytes);
     }
   });
 }
 
-void fill_row_sums(const Kernels& use, const Activation& x, const int8_t* codes, int32_t* sums) {
-  at::parallel_for(0, x.rows, divide_up(kPackGrain, std::max<int64_t>(x.k, 1)), [&](int64_t begin, int64_t end) {
+void fill_row_sums(const Kernels& use, const Sizes& of, const int8_t* codes, int32_t* sums) {
+  at::parallel_for(0, of.rows, divide_up(kPackGrain, std::max<int64_t>(of.k, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      sums[m] = use.row_sum(codes + m * x.k, x.k);
+      sums[m] = use.row_sum(codes + m * of.k, of.k);
     }
   });
 }
+
+// Codes [rows, k] as the method wants them: packed, or as they are, with the sums of their rows if it has a use for them.
+class Arranged {
+ public:
+  Arranged(const Kernels& use, const Sizes& sizes, const Multiplier& multiplier, const int8_t* codes)
+      : operand_{&use, sizes, &multiplier, {codes, sizes.k}},
+        row_sums_(has_sums() ? sizes.rows : 0), packed_(divide_up(sizes.rows, kPackRows) * kPackRows * row_bytes()) {
+    if (operand_.packing() != nullptr) {
+      pack(*operand_.packing(), sizes, codes, row_bytes(), packed_.data());
+      operand_.codes = {packed_.data(), row_bytes()};
+    } else if (has_sums()) {
+      fill_row_sums(use, sizes, codes, row_sums_.data());
+      operand_.codes.row_sums = row_sums_.data();
+    }
+  }
+
+  Operand& operator*() {
+    return operand_;
+  }
+
+ private:
+  bool has_sums() const {
+    return operand_.packing() == nullptr && operand_.use->row_sum != nullptr;
+  }
+
+  int64_t row_bytes() const {
+    return operand_.packing() == nullptr ? 0 : operand_.packing()->row_bytes(operand_.sizes.k);
+  }
+
+  Operand operand_;
+  Scratch<int32_t> row_sums_;
+  Scratch<int8_t> packed_;
+};
 
 void fill_residual(
     const Activation& x, const int8_t* codes, const float* row_scale, float from, int64_t count, const int32_t* columns,
@@ -140,11 +175,21 @@ class Prepared {
   const Packing* packing_;
 };
 
+// The high bytes of 16-bit codes, and the weight in their columns.
+struct High {
+  Operand left;
+  Codes weight;
+};
+
+Codes from_col(Codes weight, int64_t col) {
+  return {weight.data + col * weight.stride, weight.stride};
+}
+
 void multiply_part(
-    Range rows, Range cols, int64_t k, const Operand& left, const float* row_scale, const Outliers& outliers,
-    const Product& p) {
-  alignas(64) static thread_local int32_t sums[kTileRows * kTileCols];
-  const Prepared prepared(left.packing());
+    Range rows, Range cols, int64_t k, const Operand& left, const High* high, const float* row_scale,
+    const Outliers& outliers, const Product& p) {
+  alignas(64) static thread_local int32_t sums[kTileRows * kTileCols], high_sums[kTileRows * kTileCols];
+  const Prepared prepared(left.packing() == nullptr && high != nullptr ? high->left.packing() : left.packing());
   Scratch<float> gathered(outliers.count * kTileCols);
   const int64_t col_step = tile_cols(rows.end - rows.begin, k);
   for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
@@ -156,7 +201,7 @@ void multiply_part(
       tile.cols = std::min(col_step, cols.end - col);
       tile.sums = sums;
       tile.row_scale = row_scale + row;
-      tile.weight = {p.weight.data + col * p.weight.stride, p.weight.stride};
+      tile.weight = from_col(p.weight, col);
       tile.weight_scale = p.weight_scale + col;
       tile.bias = p.bias == nullptr ? nullptr : element(p.bias, p.bias_type, col);
       tile.bias_type = p.bias_type;
@@ -167,9 +212,60 @@ void multiply_part(
       tile.out = const_cast<char*>(element(p.out, p.out_type, row * tile.out_stride + col));
       tile.out_type = p.out_type;
       multiplier.multiply(codes, tile.weight, tile.rows, tile.cols, k, sums);
+      if (high != nullptr) {
+        const Operand& bytes = high->left;
+        const Codes weight = from_col(high->weight, col);
+        bytes.multiplier->multiply(
+            bytes.codes.from_row(row), weight, tile.rows, tile.cols, bytes.sizes.k, high_sums);
+        tile.high_sums = high_sums;
+      }
       left.use->finish(tile);
     }
   }
+}
+
+// How the high bytes are multiplied, of which a row has few: dot would spend its time on horizontal sums.
+Method method_for_few(const Kernels& use, const Sizes& few, Method of_all) {
+  if (few.rows >= kPanelFromRows && use.multipliers.can(Method::panel, few.k)) {
+    return Method::panel;
+  }
+  return use.multipliers.can(of_all, few.k) ? of_all : use.method(few);
+}
+
+// The whole product, split among threads.
+void multiply(
+    const Operand& left, const High* high, const float* row_scale, const Outliers& outliers, const Product& product) {
+  const Sizes& sizes = left.sizes;
+  const int64_t work = sizes.rows * sizes.cols * std::max<int64_t>(sizes.k, 1);
+  const int64_t threads = at::in_parallel_region() ? 1 : sizes.threads;
+  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, threads);
+  const int64_t col_parts = std::min(parts, divide_up(sizes.cols, kStrip));
+  const int64_t row_parts = std::min(parts / col_parts, divide_up(sizes.rows, 8));
+  const bool packed = left.packing() != nullptr || (high != nullptr && high->left.packing() != nullptr);
+  at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Range rows = part(sizes.rows, packed ? kPackRows : 1, row_parts, i / col_parts);
+      const Range cols = part(sizes.cols, kStrip, col_parts, i % col_parts);
+      multiply_part(rows, cols, sizes.k, left, high, row_scale, outliers, product);
+    }
+  });
+}
+
+// codes [rows, k], the high bytes [rows, columns.count] of those in the columns, and scale [rows].
+void quantize_calibrated_rows(
+    const Activation& x, const Columns& columns, int8_t* codes, int8_t* high, float* scale) {
+  Scratch<uint8_t> flags(x.k / 8 + 5);
+  std::memset(flags.data(), 0, x.k / 8 + 5);
+  for (int64_t t = 0; t < columns.count; ++t) {
+    flags.data()[columns.at[t] / 8] |= uint8_t(1 << columns.at[t] % 8);
+  }
+  const WideColumns wide = {columns.count, columns.at, flags.data()};
+  at::parallel_for(0, x.rows, divide_up(kQuantizeGrain, std::max<int64_t>(x.k, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      scale[m] = kernels().quantize_calibrated_row(
+          element(x.data, x.type, m * x.k), x.type, x.k, wide, codes + m * x.k, high + m * columns.count);
+    }
+  });
 }
 
 }  // namespace
@@ -205,32 +301,25 @@ void scaled_product(
   }
   const Kernels& use = kernels();
   const Sizes sizes = {x.rows, product.cols, x.k, at::get_num_threads()};
-  Operand left = {&use, sizes, &use.multipliers[plan(use, sizes)], {codes, x.k}};
-  const Packing* packing = left.packing();
-  const bool sums = packing == nullptr && use.row_sum != nullptr;
-  Scratch<int32_t> row_sums(sums ? x.rows : 0);
-  if (sums) {
-    fill_row_sums(use, x, codes, row_sums.data());
-    left.codes.row_sums = row_sums.data();
+  Arranged left(use, sizes, use.multipliers[plan(use, sizes)], codes);
+  multiply(*left, nullptr, row_scale, outliers, product);
+}
+
+void calibrated_linear(const Activation& x, const Columns& columns, const Product& product) {
+  if (x.rows == 0 || product.cols == 0) {
+    return;
   }
-  const int64_t row_bytes = packing == nullptr ? 0 : packing->row_bytes(x.k);
-  Scratch<int8_t> packed(divide_up(x.rows, kPackRows) * kPackRows * row_bytes);
-  if (packing != nullptr) {
-    pack(*packing, x, codes, row_bytes, packed.data());
-    left.codes = {packed.data(), row_bytes};
-  }
-  const int64_t work = x.rows * product.cols * std::max<int64_t>(x.k, 1);
-  const int64_t threads = at::in_parallel_region() ? 1 : sizes.threads;
-  const int64_t parts = std::clamp<int64_t>(work / kProductGrain, 1, threads);
-  const int64_t col_parts = std::min(parts, divide_up(product.cols, kStrip));
-  const int64_t row_parts = std::min(parts / col_parts, divide_up(x.rows, 8));
-  at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Range rows = part(x.rows, packing == nullptr ? 1 : kPackRows, row_parts, i / col_parts);
-      const Range cols = part(product.cols, kStrip, col_parts, i % col_parts);
-      multiply_part(rows, cols, x.k, left, row_scale, outliers, product);
-    }
-  });
+  const Kernels& use = kernels();
+  Scratch<int8_t> codes(x.rows * x.k), high(x.rows * columns.count);
+  Scratch<float> row_scale(x.rows);
+  quantize_calibrated_rows(x, columns, codes.data(), high.data(), row_scale.data());
+  const Sizes sizes = {x.rows, product.cols, x.k, at::get_num_threads()};
+  const Method method = plan(use, sizes);
+  Arranged left(use, sizes, use.multipliers[method], codes.data());
+  const Sizes few = {x.rows, product.cols, columns.count, sizes.threads};
+  Arranged bytes(use, few, use.multipliers[method_for_few(use, few, method)], high.data());
+  const High both = {*bytes, columns.weight};
+  multiply(*left, columns.count == 0 ? nullptr : &both, row_scale.data(), {}, product);
 }
 
 void quantized_linear(

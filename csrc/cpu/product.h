@@ -36,6 +36,16 @@ void scaled_product(
     const Activation& x, const int8_t* codes, const float* row_scale, const uint8_t* outliers, float residual_from,
     const Product& product);
 
+// The columns of policy "calibrated", in ascending order, and the weight in them, [cols, count].
+struct Columns {
+  int64_t count;
+  const int32_t* at;
+  Codes weight;
+};
+
+// The product under policy "calibrated": codes have 16 bits in the columns (quantize_calibrated_row of kernels.h).
+void calibrated_linear(const Activation& x, const Columns& columns, const Product& product);
+
 // Both, with the codes in between in scratch memory.
 void quantized_linear(const Activation& x, bool outliers, float threshold, float residual_from, const Product& product);
 

@@ -76,6 +76,23 @@ struct HalvesScan {
     return {as_float(largest(most)), found};
   }
 
+  static float without(const T* x, int64_t k, const uint8_t* flags) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i most = _mm512_setzero_si512();
+    const auto step = [&](__m512i v, int64_t at) {
+      v = _mm512_and_si512(v, magnitude);
+      most = _mm512_max_epu16(most, _mm512_maskz_mov_epi16(~bits_at<__mmask32>(flags, at), v));
+    };
+    int64_t at = 0;
+    for (; at + width <= k; at += width) {
+      step(_mm512_loadu_si512(x + at), at);
+    }
+    if (at < k) {
+      step(_mm512_maskz_loadu_epi16((__mmask32(1) << (k - at)) - 1, x + at), at);
+    }
+    return as_float(largest(most));
+  }
+
  private:
   static uint16_t largest(__m512i values) {
     uint16_t lanes[width], best = 0;

@@ -131,18 +131,30 @@ struct Quantized {
   std::vector<int8_t> codes;
   std::vector<uint8_t> outliers;
   std::vector<float> residual;
+  float calibrated_scale;
+  std::vector<int8_t> calibrated, high;
 
-  Quantized(const Kernels& use, const void* x, Float type, int64_t k) : codes(k), outliers(k), residual(k) {
+  Quantized(const Kernels& use, const void* x, Float type, int64_t k)
+      : codes(k), outliers(k), residual(k), calibrated(k), high(k / 3) {
     scale = use.quantize_row(x, type, k, 6.0f, codes.data(), outliers.data());
     std::vector<int32_t> columns;
     for (int64_t i = 0; i < k; ++i) {
       columns.push_back(int32_t(i));
     }
     use.residual_row(x, type, codes.data(), scale, 0.0f, k, columns.data(), residual.data());
+    columns.resize(k / 3);
+    std::vector<uint8_t> flags(k / 8 + 5);
+    for (int32_t& column : columns) {
+      column *= 3;
+      flags[column / 8] |= uint8_t(1 << column % 8);
+    }
+    const WideColumns wide = {k / 3, columns.data(), flags.data()};
+    calibrated_scale = use.quantize_calibrated_row(x, type, k, wide, calibrated.data(), high.data());
   }
 
   bool operator==(const Quantized& o) const {
-    return scale == o.scale && codes == o.codes && outliers == o.outliers && residual == o.residual;
+    return scale == o.scale && codes == o.codes && outliers == o.outliers && residual == o.residual &&
+        calibrated_scale == o.calibrated_scale && calibrated == o.calibrated && high == o.high;
   }
 };
 
@@ -160,10 +172,11 @@ std::vector<uint8_t> finished(const Kernels& use, Float bias_type, const void* b
   }
   const int8_t none = 0;
   std::vector<uint8_t> out(rows * cols * (out_type == Float::f32 ? 4 : 2));
-  const Tile tile = {
+  Tile tile = {
       rows, cols, sums.data(), row_scale.data(), {&none, 0}, weight_scale.data(), bias, bias_type, {}, nullptr,
       out.data(), cols, out_type,
   };
+  tile.high_sums = sums.data();
   use.finish(tile);
   return out;
 }

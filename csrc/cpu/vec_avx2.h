@@ -144,6 +144,13 @@ struct Avx2Vec {
     return {_mm256_castsi256_ps(_mm256_max_epi32(p, q))};
   }
 
+  // 0 in the lanes that have a bit.
+  Avx2Vec without(unsigned lanes) const {
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(lanes)), bits), bits);
+    return {_mm256_andnot_ps(_mm256_castsi256_ps(set), v)};
+  }
+
   // A bit for each lane of at least that magnitude, which is set to 0.
   unsigned take_outliers(Avx2Vec threshold) {
     const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);

@@ -132,6 +132,11 @@ struct Avx512Vec {
     return {_mm512_castsi512_ps(_mm512_max_epi32(magnitude(a.v), magnitude(b.v)))};
   }
 
+  // 0 in the lanes that have a bit.
+  Avx512Vec without(unsigned lanes) const {
+    return {_mm512_mask_mov_ps(v, __mmask16(lanes), _mm512_setzero_ps())};
+  }
+
   // A bit for each lane of at least that magnitude, which is set to 0.
   unsigned take_outliers(Avx512Vec threshold) {
     const __mmask16 outlier = _mm512_cmp_ps_mask(_mm512_castsi512_ps(magnitude(v)), threshold.v, _CMP_GE_OQ);

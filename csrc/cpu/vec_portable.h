@@ -192,6 +192,11 @@ struct PortableVec {
     });
   }
 
+  // 0 in the lanes that have a bit.
+  PortableVec without(unsigned lanes) const {
+    return make([&](int i) { return lanes >> i & 1 ? 0.0f : lane[i]; });
+  }
+
   // A bit for each lane of at least that magnitude, which is set to 0.
   unsigned take_outliers(const PortableVec& threshold) {
     unsigned mask = 0;

@@ -1,5 +1,6 @@
 // linear, quantize_rowwise and scaled_mm for CUDA tensors: argument checks and memory, then run.cpp.
-// (A linear of which the weight alone is int8 is torch's product of floats.)
+// (A linear of which the weight alone is int8 is torch's product of floats. One whose columns are calibrated is quantised by
+// torch, and multiplied by two of our products.)
 //
 // The schemas are int8compile/ops/*.py's, and so is the meaning; the checks here are the same as theirs. Compiled by the
 // host's compiler alone. Scratch memory comes from torch's caching allocator, on the current stream, and goes back when
@@ -8,6 +9,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <atomic>
@@ -82,29 +86,6 @@ Tensor weight_only_linear(
   return out.to(x.scalar_type());
 }
 
-Tensor linear(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
-    c10::string_view outlier_policy) {
-  constexpr const char* op = "linear";
-  check_activation(op, x);
-  const float least = checked_threshold(op, threshold);
-  check_outlier_policy(op, outlier_policy);
-  check_weight(op, x, weight, weight_scale, bias);
-  const c10::DeviceGuard guard(x.device());
-  if (outlier_policy == "all") {
-    return weight_only_linear(x, weight, weight_scale, bias);
-  }
-  const Tensor values = x.contiguous();
-  Tensor out = empty_output(x, weight, x.scalar_type());
-  const Operands operands(weight, weight_scale, bias, out);
-  const Problem problem{
-      activation(values), operands.product, {least, outlier_policy == "element" ? least : 0.0f}, choice()};
-  const Gpu gpu = current_gpu();
-  const Tensor scratch = scratch_memory(linear_scratch(problem, gpu), x);
-  check_launch(op, run_linear(problem, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
-  return out;
-}
-
 std::tuple<Tensor, Tensor, Tensor> quantize_rowwise(const Tensor& x, double threshold) {
   constexpr const char* op = "quantize_rowwise";
   check_activation(op, x);
@@ -152,6 +133,68 @@ Tensor scaled_mm(
   const Gpu gpu = current_gpu();
   const Tensor scratch = scratch_memory(product_scratch(problem, quantized, gpu), x);
   check_launch(op, run_product(problem, quantized, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
+  return out;
+}
+
+// The sums of codes [M, K] times the transpose of codes [N, K], as floats [M, N].
+Tensor sums_of(const Tensor& codes, const Tensor& weight) {
+  const Tensor like = codes.to(at::kFloat), ones = at::ones({weight.size(0)}, like.options());
+  return scaled_mm(
+      codes, at::ones({codes.size(0)}, like.options()), like, std::nullopt, weight, ones, std::nullopt, at::kFloat, 0);
+}
+
+Tensor largest_of_rows(const Tensor& values) {
+  return values.size(1) == 0 ? at::zeros({values.size(0)}, values.options()) : values.abs().amax(1);
+}
+
+// The reference body of policy "calibrated", step by step and so to the bit.
+Tensor calibrated_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, const Tensor& columns,
+    const Tensor& column_weight) {
+  const Tensor values = x.reshape({rows_of(x), x.size(-1)}).to(at::kFloat), at = columns.to(at::kLong);
+  const Tensor outside = largest_of_rows(values.index_fill(1, at, 0.0)),
+               inside = largest_of_rows(values.index_select(1, at)).div(128.0);
+  Tensor absmax = at::maximum(outside, inside);
+  absmax = absmax.masked_fill(absmax.lt(0x1p-120), 0.0);
+  const Tensor inverse = absmax.reciprocal().mul(127.0).masked_fill(absmax.eq(0.0), 0.0);
+  const Tensor codes = values.mul(inverse.unsqueeze(1)).round().nan_to_num(0.0);
+  const Tensor whole = codes.index_select(1, at);
+  const Tensor high = whole.add(64.0).div(128.0).floor();
+  const Tensor low = codes.index_copy(1, at, whole.sub(high.mul(128.0))).to(at::kChar);
+  const Tensor sums = sums_of(low, weight).add(sums_of(high.to(at::kChar), column_weight).mul(128.0));
+  Tensor out = sums.mul(absmax.div(127.0).unsqueeze(1)).mul(weight_scale);
+  if (bias.has_value()) {
+    out = out.add(bias->to(at::kFloat));
+  }
+  at::DimVector sizes(x.sizes());
+  sizes.back() = weight.size(0);
+  return out.to(x.scalar_type()).reshape(sizes);
+}
+
+Tensor linear(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
+    c10::string_view outlier_policy, const OptionalTensor& columns, const OptionalTensor& column_weight) {
+  constexpr const char* op = "linear";
+  check_activation(op, x);
+  const float least = threshold_of(op, threshold, outlier_policy);
+  check_outlier_policy(op, outlier_policy, "calibrated");
+  check_weight(op, x, weight, weight_scale, bias);
+  check_columns(op, x, weight, outlier_policy, columns, column_weight);
+  const c10::DeviceGuard guard(x.device());
+  if (outlier_policy == "all") {
+    return weight_only_linear(x, weight, weight_scale, bias);
+  }
+  if (outlier_policy == "calibrated") {
+    return calibrated_linear(x, weight, weight_scale, bias, *columns, *column_weight);
+  }
+  const Tensor values = x.contiguous();
+  Tensor out = empty_output(x, weight, x.scalar_type());
+  const Operands operands(weight, weight_scale, bias, out);
+  const Problem problem{
+      activation(values), operands.product, {least, outlier_policy == "element" ? least : 0.0f}, choice()};
+  const Gpu gpu = current_gpu();
+  const Tensor scratch = scratch_memory(linear_scratch(problem, gpu), x);
+  check_launch(op, run_linear(problem, gpu, scratch.mutable_data_ptr(), current_stream(x.device())));
   return out;
 }
 

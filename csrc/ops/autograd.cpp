@@ -84,8 +84,9 @@ variable_list gradients(AutogradContext* ctx, const Tensor& grad, size_t argumen
   return result;
 }
 
-using LinearSignature =
-    Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, c10::string_view);
+using LinearSignature = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, c10::string_view, const OptionalTensor&,
+    const OptionalTensor&);
 
 const auto& linear_op() {
   static const auto op = find<LinearSignature>(INT8COMPILE_OP("linear"));
@@ -95,26 +96,28 @@ const auto& linear_op() {
 struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-      const OptionalTensor& bias, double threshold, const std::string& outlier_policy) {
+      const OptionalTensor& bias, double threshold, const std::string& outlier_policy, const OptionalTensor& columns,
+      const OptionalTensor& column_weight) {
     save(ctx, x, weight, weight_scale, bias, 0, 3);
     at::AutoDispatchBelowADInplaceOrView below;
-    return linear_op().call(x, weight, weight_scale, bias, threshold, outlier_policy);
+    return linear_op().call(x, weight, weight_scale, bias, threshold, outlier_policy, columns, column_weight);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return gradients(ctx, grads[0], 6, 0, 3);
+    return gradients(ctx, grads[0], 8, 0, 3);
   }
 };
 
 Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
-    c10::string_view outlier_policy) {
+    c10::string_view outlier_policy, const OptionalTensor& columns, const OptionalTensor& column_weight) {
   check_no_tangent("linear", x, weight_scale, bias);
   if (at::GradMode::is_enabled() && (needs_gradient(x) || needs_gradient(bias))) {
-    return Linear::apply(x, weight, weight_scale, bias, threshold, std::string(outlier_policy));
+    return Linear::apply(
+        x, weight, weight_scale, bias, threshold, std::string(outlier_policy), columns, column_weight);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return linear_op().call(x, weight, weight_scale, bias, threshold, outlier_policy);
+  return linear_op().call(x, weight, weight_scale, bias, threshold, outlier_policy, columns, column_weight);
 }
 
 using ScaledMmSignature = Tensor(

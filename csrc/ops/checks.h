@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 
 #define INT8COMPILE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "int8compile::", op, ": ", __VA_ARGS__)
 
@@ -86,10 +87,46 @@ inline float checked_residual_from(const char* op, double residual_from) {
   return checked_threshold(op, "residual_from", residual_from, "whole columns");
 }
 
-inline void check_outlier_policy(const char* op, c10::string_view outlier_policy) {
+// Policies that every operator knows; `more` is another that this one knows.
+inline void check_outlier_policy(const char* op, c10::string_view outlier_policy, const char* more = nullptr) {
+  bool known = more != nullptr && outlier_policy == more;
+  for (const char* policy : {"column", "element", "none", "all"}) {
+    known = known || outlier_policy == policy;
+  }
   INT8COMPILE_CHECK(
-      outlier_policy == "column" || outlier_policy == "element" || outlier_policy == "all", op, "outlier_policy='",
-      outlier_policy, "'; expected 'column', 'element' or 'all'");
+      known, op, "outlier_policy='", outlier_policy, "'; expected one of 'column', 'element', 'none', 'all'",
+      more == nullptr ? "" : std::string(", '") + more + "'");
+}
+
+// What activations are compared with; 0 under a policy that compares none.
+inline float threshold_of(const char* op, double threshold, c10::string_view outlier_policy) {
+  const float least = checked_threshold(op, threshold);
+  return outlier_policy == "column" || outlier_policy == "element" ? least : 0.0f;
+}
+
+inline const char* given(const OptionalTensor& tensor) {
+  return tensor.has_value() ? "given" : "absent";
+}
+
+// The columns of policy "calibrated" and their weight, of which there are none under another.
+inline void check_columns(
+    const char* op, const at::Tensor& x, const at::Tensor& weight, c10::string_view outlier_policy,
+    const OptionalTensor& columns, const OptionalTensor& column_weight) {
+  const bool calibrated = outlier_policy == "calibrated";
+  INT8COMPILE_CHECK(
+      columns.has_value() == calibrated && column_weight.has_value() == calibrated, op, "outlier_policy='",
+      outlier_policy, "' with columns ", given(columns), " and column_weight ", given(column_weight),
+      "; expected both with policy 'calibrated', and neither with any other");
+  if (!calibrated) {
+    return;
+  }
+  INT8COMPILE_CHECK(
+      columns->dim() == 1 && columns->scalar_type() == at::kInt && columns->device() == x.device(), op, "columns is ",
+      columns->scalar_type(), " ", columns->sizes(), " on ", columns->device(), "; expected int32 [C] on ", x.device(),
+      ", features in ascending order");
+  check_tensor(
+      op, "column_weight", *column_weight, x, at::kChar, {weight.size(0), columns->size(0)},
+      ", which is weight[:, columns]");
 }
 
 inline void check_weight(

@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kSchemas[] = {
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
-    "str outlier_policy=\"column\") -> Tensor",
+    "str outlier_policy=\"column\", Tensor? columns=None, Tensor? column_weight=None) -> Tensor",
     "quantize_rowwise(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     "scaled_mm(Tensor codes, Tensor row_scale, Tensor x, Tensor? outliers, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, ScalarType out_dtype, float residual_from=0.0) -> Tensor",

@@ -113,9 +113,11 @@ def check_threshold(op: str, name: str, value: float, meaning_of_0: str) -> None
         check(False, op, f"{name}={value:g}; expected 0 ({meaning_of_0}) or at least 2**-126 (1.2e-38)")
 
 
-def check_outlier_policy(op: str, outlier_policy: str) -> None:
-    known = outlier_policy in ("column", "element", "all")
-    check(known, op, f"outlier_policy={outlier_policy!r}; expected 'column', 'element' or 'all'")
+def check_outlier_policy(op: str, outlier_policy: str, *more: str) -> None:
+    """Check a policy that every operator knows, or that this one knows as well."""
+    known = ("column", "element", "none", "all", *more)
+    expected = ", ".join(map(repr, known))
+    check(outlier_policy in known, op, f"outlier_policy={outlier_policy!r}; expected one of {expected}")
 
 
 def check_weight(

@@ -22,7 +22,7 @@ import torch
 
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
 from int8compile.ops._library import check, check_activation, check_outlier_policy, check_threshold, define
-from int8compile.ops.linear import residual_from, weight_only
+from int8compile.ops.linear import effective_threshold, residual_from, weight_only
 from int8compile.ops.quantize_rowwise import quantize_reference
 from int8compile.ops.scaled_mm import product
 
@@ -117,6 +117,7 @@ def _reference(
     if outlier_policy == "all":
         biases: Sequence[torch.Tensor | None] = [None] * len(weight) if bias is None else bias.unbind()
         return each_expert(offsets, out, lambda e, _: weight_only(x, weight[e], weight_scale[e], biases[e]))
+    threshold = effective_threshold(threshold, outlier_policy)
     codes, row_scale, _ = quantize_reference(x, threshold)
     outlier_elements = None if threshold == 0 else x.float().abs() >= threshold
     smallest = residual_from(threshold, outlier_policy)

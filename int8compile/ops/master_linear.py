@@ -52,8 +52,8 @@ def _check(
     check(
         outlier_policy != "all",
         "master_linear",
-        "outlier_policy='all'; expected 'column' or 'element': without a quantised activation this is a float linear "
-        "(torch.nn.functional.linear)",
+        "outlier_policy='all'; expected 'column', 'element' or 'none': without a quantised activation this is a float "
+        "linear (torch.nn.functional.linear)",
     )
 
 
@@ -74,6 +74,7 @@ def _reference(
     threshold: float,
     outlier_policy: str = "column",
 ) -> torch.Tensor:
+    threshold = 0.0 if outlier_policy == "none" else threshold
     weight_codes, weight_scale = quantize_weight(weight)
     codes, row_scale, columns = quantize_rowwise(x, threshold)
     values = x.reshape(codes.shape)

@@ -21,11 +21,16 @@ def row_codes(values: torch.Tensor, absmax: torch.Tensor) -> tuple[torch.Tensor,
 
     Ties go to even. A NaN has code 0 and makes its row's scale NaN, so that it comes out as NaN.
     """
+    codes, scale = row_integers(values, absmax)
+    return codes.to(torch.int8), scale
+
+
+def row_integers(values: torch.Tensor, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with the codes still in fp32, whatever their size."""
     absmax = torch.where(absmax < TINY, 0.0, absmax)
     # As a reciprocal and a product, which is also what torch makes of 127.0 / absmax: native kernels match the bits.
     inverse = torch.where(absmax == 0, 0.0, absmax.reciprocal() * 127.0)
-    codes = torch.nan_to_num(torch.round(values * inverse.unsqueeze(1)), nan=0.0).to(torch.int8)
-    return codes, absmax / 127.0
+    return torch.nan_to_num(torch.round(values * inverse.unsqueeze(1)), nan=0.0), absmax / 127.0
 
 
 def row_absmax(magnitudes: torch.Tensor) -> torch.Tensor:

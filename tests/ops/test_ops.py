@@ -255,7 +255,7 @@ class TestLinear:
             ({"weight_scale": torch.ones(6)}, r"weight_scale is .*\[6\].*; expected (float32|Float) \[7\]"),
             ({"bias": torch.ones(6)}, r"bias is \[6\].*; expected \[7\]"),
             ({"threshold": -1.0}, r"threshold=-1; expected 0 \(no outliers\) or at least"),
-            ({"outlier_policy": "row"}, "outlier_policy='row'; expected 'column', 'element' or 'all'"),
+            ({"outlier_policy": "row"}, "outlier_policy='row'; expected one of 'column', 'element', 'none', 'all'"),
         ],
     )
     def test_bad_arguments_are_named(self, change, message):

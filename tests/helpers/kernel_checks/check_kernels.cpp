@@ -125,6 +125,23 @@ struct Row {
   }
 };
 
+struct CalibratedRow {
+  float scale = 0;
+  Exact<int8_t> codes, high;
+
+  CalibratedRow(
+      const Kernels& use, const Exact<char>& x, Float type, int64_t k, const std::vector<int32_t>& columns)
+      : codes(k), high(int64_t(columns.size())) {
+    Exact<uint8_t> flags(k / 8 + 5);
+    std::memset(flags.data(), 0, flags.size());
+    for (const int32_t c : columns) {
+      flags[c / 8] |= uint8_t(1 << c % 8);
+    }
+    const WideColumns wide = {int64_t(columns.size()), columns.data(), flags.data()};
+    scale = use.quantize_calibrated_row(x.data(), type, k, wide, codes.data(), high.data());
+  }
+};
+
 template <class T>
 bool same(const Exact<T>& a, const Exact<T>& b) {
   return a.size() == b.size() &&
@@ -150,12 +167,17 @@ void check_row(const Kernels& use, Random& random, Float type, int64_t k, float 
     expect(same(got.outliers, want.outliers), "outliers differ, k ", k, ", dtype ", int(type), ", with ", odd);
     expect(same(got.residual, want.residual), "residuals differ, k ", k, ", dtype ", int(type), ", with ", odd);
   }
+  const CalibratedRow got(use, x, type, k, columns), want(*portable_kernels(), x, type, k, columns);
+  expect(
+      (got.scale == want.scale || (std::isnan(got.scale) && std::isnan(want.scale))) && same(got.codes, want.codes) &&
+          same(got.high, want.high),
+      "quantize_calibrated_row differs, k ", k, ", dtype ", int(type), ", with ", odd);
 }
 
 void check_finish(const Kernels& use, Random& random, int64_t rows, int64_t cols, int64_t count, Float type) {
   const int64_t k = 40, stride = cols + random.below(3);
   const Exact<int8_t> weight = codes(random, cols, k, 0, 0);
-  Exact<int32_t> sums(rows * kTileCols), columns(count);
+  Exact<int32_t> sums(rows * kTileCols + 1), columns(count);
   Exact<float> row_scale(rows), weight_scale(cols), residual(rows * count);
   Exact<float> gathered(count * ((cols + kStrip - 1) / kStrip * kStrip));
   for (int32_t& sum : sums) {
@@ -181,6 +203,8 @@ void check_finish(const Kernels& use, Random& random, int64_t rows, int64_t cols
       random.below(2) == 0 ? nullptr : bias.data(), bias_type, {count, columns.data(), residual.data()},
       gathered.data(), nullptr, stride, type,
   };
+  const bool wide = random.below(2) == 0;
+  tile.high_sums = wide ? sums.data() + random.below(2) : nullptr;  // (any others would do)
   tile.out = got.data();
   std::memset(got.data(), 0x11, got.size());
   use.finish(tile);
@@ -205,6 +229,8 @@ void check_finish(const Kernels& use, Random& random, int64_t rows, int64_t cols
       element.sums = &sums[i * kTileCols + j];
       int32_t padded[kTileCols] = {*element.sums};
       element.sums = padded;
+      int32_t padded_high[kTileCols] = {wide ? tile.high_sums[i * kTileCols + j] : 0};
+      element.high_sums = wide ? padded_high : nullptr;
       element.row_scale = &row_scale[i];
       element.weight = {&one, 1};
       element.weight_scale = &weight_scale[j];
