@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from int8compile.explanation import explain
     from int8compile.graph.dump import dump
     from int8compile.modules.inplace import dequantize_, quantize_
+    from int8compile.modules.int8_experts import Int8Experts
     from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear
     from int8compile.programs.archive import load, save
     from int8compile.programs.exporting import export
@@ -40,6 +41,7 @@ if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproje
 
 _HOME = {
     "Int8Config": "config",
+    "Int8Experts": "modules.int8_experts",
     "Int8Linear": "modules.int8_linear",
     "Int8MasterLinear": "modules.int8_linear",
     "Reason": "report",
@@ -63,6 +65,7 @@ _HOME = {
 
 __all__ = [
     "Int8Config",
+    "Int8Experts",
     "Int8Linear",
     "Int8MasterLinear",
     "Reason",

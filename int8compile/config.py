@@ -40,7 +40,8 @@ class Int8Config:
             (16 bits in the paper: LLM.int8(), section 3.2). 0 turns the decomposition off; anything else is at least
             2**-126. With infinity, infinite values alone are multiplied so.
         llm_int8_skip_modules: modules left in float, *added* to the defaults. Each is a module path, a
-            dotted suffix of one, or a shell pattern; naming a parent skips everything below it.
+            dotted suffix of one, or a shell pattern; naming a parent skips everything below it. Experts' weights have
+            paths of their own, such as ``model.layers.0.mlp.experts.down_proj``.
         llm_int8_weight_only_modules: modules whose weights alone are int8; their activations are not quantised, and the
             products are summed in fp32. Names as in ``llm_int8_skip_modules``, which wins over this list. It takes
             output embeddings that it names, too, whatever ``skip_output_embeddings`` says.

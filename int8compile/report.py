@@ -22,7 +22,7 @@ class Reason(enum.Enum):
     """Why a linear was rewritten or left in float. The value says it in words, with the way out where there is one."""
 
     REWRITTEN = "runs in int8"
-    PREQUANTIZED = "runs in int8, on int8 weights of its own (Int8Linear)"
+    PREQUANTIZED = "runs in int8, on int8 weights of its own (Int8Linear, Int8Experts)"
     SKIPPED = "named by llm_int8_skip_modules"
     OUTPUT_EMBEDDING = (
         "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too, and "
@@ -42,8 +42,8 @@ class Reason(enum.Enum):
     RESHAPED = "its activation, weight, bias or result is given another shape or memory in place (unsqueeze_, t_, set_)"
     FORM = "a form of product without an int8 operator: out=, alpha, beta, or a bias that is not [out_features]"
     EXPERTS = (
-        "several matrices in one weight (experts'), which int8 modules do not hold, nor the backend multiplies in "
-        "another form than torch's grouped_mm and bmm (transformers: experts_implementation='grouped_mm')"
+        "several matrices in one weight (experts'), in a module other than transformers' experts, or for the backend "
+        "in a form other than torch's grouped_mm and bmm (transformers: experts_implementation='grouped_mm')"
     )
     ROUTER = "chooses among experts: its numbers decide what runs, and it is small"
     UNREAD = "nothing reads its result, so that it need not be computed at all"

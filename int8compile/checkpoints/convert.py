@@ -24,20 +24,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 import int8compile
+from int8compile.checkpoints.plan import Plan
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.files import LOCK, held, remove_left_over, replaced
-from int8compile.integrations.transformers import Int8Config, refused_linears
-from int8compile.integrations.transformers.saving import quantization_config
-from int8compile.modules.inplace import find_linears
-from int8compile.modules.int8_linear import is_conv1d
-from int8compile.report import Reason, Site
-from int8compile.selection import unmatched, weight_only_by
-from int8compile.weights.formats import FORMATS, entries, mark
-from int8compile.weights.int8_weight import Int8Weight
+from int8compile.integrations.transformers import Int8Config
+from int8compile.report import Site
+from int8compile.weights.formats import FORMATS
 
 _MANIFEST = "unfinished.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -82,7 +76,10 @@ def quantize_folder(
     if format not in FORMATS:
         raise OptionValueError("format", format, "one of " + ", ".join(map(repr, FORMATS)))
     files = _weight_files(source)
-    plan = _Plan(source, files, config, format)
+    model = empty_model(source)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
+    plan = Plan(model, [key for file in files for key in _keys(file)], config, format)
     try:
         with _opened_target(target, _manifest(source, files, config, format)):
             return _convert(source, target, files, plan, progress)
@@ -91,7 +88,7 @@ def quantize_folder(
         raise OSError(error.errno, problem) from error
 
 
-def _convert(source: Path, target: Path, files: list[Path], plan: _Plan, progress: Progress | None) -> Converted:
+def _convert(source: Path, target: Path, files: list[Path], plan: Plan, progress: Progress | None) -> Converted:
     began = _stats(source, files)
     weight_map: dict[str, str] = {}
     before, after, resumed = 0, 0, 0
@@ -142,85 +139,6 @@ def empty_model(source: Path) -> Any:
         raise OptionValueError("architectures", name, expected)
     with torch.device("meta"):
         return family(config) if name != "AutoModel" else family.from_config(config)
-
-
-class _Plan:
-    """Which of a checkpoint's tensors become int8, and how."""
-
-    def __init__(self, source: Path, files: list[Path], config: Int8Config, format: str) -> None:
-        self.config, self.format = config, format
-        model = empty_model(source)
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise OptionValueError("source", str(source), "a float checkpoint; this one is quantised already")
-        self.dtype = model.config.dtype
-        core = config.to_core()
-        refused = refused_linears(model, self.dtype, format)
-        if format != "int8compile" and core.activation == "float":
-            raise OptionValueError("format", format, "'int8compile': the others quantise activations")
-        if format != "int8compile":
-            refused |= {
-                path: (Reason.SKIPPED, f"float to {format}")
-                for path, _ in model.named_modules(remove_duplicate=False)
-                if weight_only_by(path, core) is not None
-            }
-        found = find_linears(model, core, refused=refused)
-        if format == "compressed-tensors" and any(is_conv1d(f.module) for f in found):
-            raise OptionValueError("format", format, "another one for this model: that format knows no Conv1D")
-        self.sites = [f.site for f in found]
-        self.unmatched = list(unmatched(core, self.sites))
-        self._int8 = {path: f for f in found if f.site.reason is Reason.REWRITTEN for path in f.paths}
-        self._names = _Names(model)
-        # The first in the model's order, like save_pretrained; a checkpoint's order is its own.
-        keys = {self._path(key): key for file in files for key in _keys(file) if self._module(key) is not None}
-        marked = next((keys[path] for path in self._int8 if path in keys), None)
-        self._marked = marked if format == "int8compile" else None
-
-    def convert(self, key: str, tensor: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
-        """What stands in the int8 checkpoint for one tensor of the float one."""
-        module = self._module(key)
-        if module is None:
-            return {key: tensor.contiguous()}
-        if tensor.shape != module.weight.shape or not tensor.is_floating_point():
-            problem = f"is {tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(key, problem, f"float {list(module.weight.shape)}, as the model has it", file)
-        # As from_pretrained would: first to the model's dtype.
-        tensor = tensor.to(self.dtype) if self.dtype is not None else tensor
-        int8_weight = Int8Weight.quantize(tensor, is_conv1d(module))
-        prefix = key.removesuffix("weight")
-        result = {f"{prefix}{name}": value for name, value in entries(int8_weight, self.format).items()}
-        if key == self._marked:
-            result[key] = mark(result[key])
-        return result
-
-    def quantization_config(self) -> dict[str, Any]:
-        left = [site.path for site in self.sites if not site.rewritten]
-        made = quantization_config(self.config, list(self._int8), left, self.format)
-        return made if isinstance(made, dict) else dict(made.to_dict())
-
-    def _module(self, key: str) -> Any:
-        """The linear that becomes int8 and whose weight this is, or None."""
-        path = self._path(key)
-        return self._int8[path].module if path in self._int8 else None
-
-    def _path(self, key: str) -> str:
-        """Of the module whose weight this is; empty if it is no weight."""
-        path, _, name = self._names.in_model(key).rpartition(".")
-        return path if name == "weight" else ""
-
-
-class _Names:
-    """From a checkpoint's names to those of the model, as transformers renames them while loading."""
-
-    def __init__(self, model: Any) -> None:
-        mapping = get_model_conversion_mapping(model)
-        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        self._prefix, self._state = model.base_model_prefix, model.state_dict()
-
-    def in_model(self, key: str) -> str:
-        """The model's name for a tensor; empty if it is joined with others, and so stays as it is."""
-        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
-        return name if pattern is None else ""
 
 
 def _weight_files(source: Path) -> list[Path]:
@@ -371,7 +289,7 @@ def _write(written: Path, tensors: dict[str, torch.Tensor]) -> None:
         shutil.copymode(written.parent / _MANIFEST, path)  # safetensors' own files are for their owner alone
 
 
-def _finish(source: Path, target: Path, plan: _Plan, began: dict[str, list[int]], files: list[Path]) -> None:
+def _finish(source: Path, target: Path, plan: Plan, began: dict[str, list[int]], files: list[Path]) -> None:
     for file in _carried(source, target):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from int8compile.modules.inplace import carry_hooks, dequantize_
+from int8compile.modules.inplace import dequantize_
+from int8compile.modules.int8_experts import Int8Experts
 from int8compile.modules.int8_linear import Int8Linear
+from int8compile.modules.places import carry_hooks
 from int8compile.weights.int8_weight import Int8Weight
 
 
@@ -117,10 +119,10 @@ def _copy_in_float(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> N
     if known:
         return
     copied = self.modules_to_save[adapter_name]
-    if isinstance(copied, Int8Linear):
+    if isinstance(copied, (Int8Linear, Int8Experts)):
         self.modules_to_save[adapter_name] = copied.to_float()
         carry_hooks(copied, self.modules_to_save[adapter_name])
-    elif not any(isinstance(module, Int8Linear) for module in copied.modules()):
+    elif not any(isinstance(module, (Int8Linear, Int8Experts)) for module in copied.modules()):
         return
     else:
         dequantize_(copied)

@@ -1,4 +1,4 @@
-"""``quantize_`` and ``dequantize_``: turn a model's linears into ``Int8Linear`` and back, in place.
+"""``quantize_`` and ``dequantize_``: turn a model's linears and experts into int8 modules and back, in place.
 
 The rules of the compiler pass (``selection.py``) decide which linears, and the same kind of Report says why not the
 others. All decisions are made before anything is changed. Then the model is converted layer by layer, and each float
@@ -20,11 +20,13 @@ from int8compile import selection
 from int8compile.config import Int8Config
 from int8compile.errors import ModuleError
 from int8compile.hooks import transformers_integration
-from int8compile.modules.bare_experts import bare_experts
+from int8compile.modules.find_experts import FoundExperts, convert_experts, find_experts
+from int8compile.modules.int8_experts import Int8Experts, is_experts
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear, is_conv1d
+from int8compile.modules.places import by_identity, is_offloaded, replace
 from int8compile.native import providers
 from int8compile.report import GraphReport, Reason, Report, Site, WeightUse
-from int8compile.torch_internals.modules import share_hooks, uncompiled
+from int8compile.torch_internals.modules import uncompiled
 from int8compile.torch_internals.tensors import storage_key
 from int8compile.weights.int8_weight import Int8Weight
 
@@ -47,6 +49,7 @@ class Found:
 def quantize_(model: nn.Module, config: object = None) -> Report:
     """Turn a model's linears (``nn.Linear`` and GPT-2's ``Conv1D``) into ``Int8Linear``, in place.
 
+    The experts of transformers' mixtures become ``Int8Experts``; other modules' weights of several experts stay float.
     Weights that linears share stay shared. Biases, hooks and everything else stay as they are; weights no longer train,
     unless ``llm_int8_has_fp16_weight`` keeps them: then linears become ``Int8MasterLinear``.
     A model on the meta device becomes an int8 skeleton for ``load_state_dict(..., assign=True)``.
@@ -56,34 +59,37 @@ def quantize_(model: nn.Module, config: object = None) -> Report:
         config: as ``options`` of the backend: None, a dict, an ``Int8Config`` or a ``BitsAndBytesConfig``.
 
     Returns:
-        a Report of every linear, with a Reason for each that stays in float, and of experts' weights, which all do.
+        a Report of every linear and every weight of experts, with a Reason for each that stays in float.
 
     Raises:
         OptionNameError, OptionValueError: a bad config.
         KernelBuildError: ``kernels="native"``, and there are none for the model's device.
-        ModuleError: the model is itself a linear, which cannot be replaced in place.
+        ModuleError: the model is itself a linear or a module of experts, which cannot be replaced in place.
     """
     options = Int8Config.make(config)
     model = _unwrapped(model, "quantize_")
-    if is_float_linear(model):
+    if is_float_linear(model) or is_experts(model):
+        kind = Int8Experts if is_experts(model) else Int8Linear
         raise ModuleError(
             f"quantize_(model): model is itself a {type(model).__name__}, which nothing holds that could hold another; "
-            "use int8compile.Int8Linear.from_float(model)"
+            f"use int8compile.{kind.__name__}.from_float(model)"
         )
     refused = _refused_by_transformers(model, options)
-    found = find_linears(model, options, refused=refused)
+    found, experts = find_linears(model, options, refused=refused), find_experts(model, options, refused=refused)
     provider = _provider(model, options)
-    report = Report([_graph_report(model, found, provider, options)])
+    report = Report([_graph_report(found, experts, provider, options)])
     todo = deque(f for f in found if f.site.reason is Reason.REWRITTEN)
-    del found  # `todo` alone must hold the float modules, which _convert lets go one by one
+    more = deque(f for f in experts if f.chosen)
+    del found, experts  # the queues alone must hold the float modules, which are let go one by one
     _convert(model, todo, options)
+    convert_experts(model, more, options)
     if (integration := _transformers_integration(model)) is not None:
         integration.attach_(model, options, refused)
     return report
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Turn every ``Int8Linear`` back into the kind of float linear it was, in place.
+    """Turn every ``Int8Linear`` and ``Int8Experts`` back into the kind of float module it was, in place.
 
     The originals are gone: each weight comes back within half a step of its channel's scale.
 
@@ -91,28 +97,29 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         dtype: of the new weights and biases; by default that of the weights that were quantised.
 
     Returns:
-        how many linears were converted.
+        how many modules were converted.
 
     Raises:
-        ModuleError: ``dtype`` is no float's, the model is itself an ``Int8Linear``, or a part of it is offloaded.
+        ModuleError: ``dtype`` is no float's, the model is itself an ``Int8Linear`` or an ``Int8Experts``, or a part of
+            it is offloaded.
     """
     model = _unwrapped(model, "dequantize_")
-    if isinstance(model, Int8Linear):
-        raise ModuleError("dequantize_(model): model is itself an Int8Linear; use model.to_float()")
+    if isinstance(model, (Int8Linear, Int8Experts)):
+        raise ModuleError(f"dequantize_(model): model is itself an {type(model).__name__}; use model.to_float()")
     if dtype is not None and not dtype.is_floating_point:
         raise ModuleError(f"dequantize_(model, dtype={dtype}): expected a floating-point dtype")
     shared: dict[int, nn.Parameter] = {}
-    modules = _by_identity(model, (Int8Linear, Int8MasterLinear))
+    modules = by_identity(model, (Int8Linear, Int8MasterLinear, Int8Experts))
     offloaded = next((paths[0] for module, paths in modules if is_offloaded(module)), None)
     if offloaded is not None:
         raise ModuleError(f"dequantize_(model): {offloaded} is offloaded by accelerate; load the model without offload")
     for module, paths in modules:
-        assert isinstance(module, (Int8Linear, Int8MasterLinear))
-        key = id(module.weight)
-        new = module.to_float(dtype)
-        # Two linears that shared an int8 weight share the float one.
-        new.weight = shared.setdefault(key, new.weight)  # type: ignore[arg-type,assignment]
-        _replace(model, paths, module, new)
+        assert isinstance(module, (Int8Linear, Int8MasterLinear, Int8Experts))
+        keys = {name: id(getattr(module, name)) for name in getattr(module, "int8", ("weight",))}
+        new: nn.Module = module.to_float(dtype)
+        for name, key in keys.items():  # modules that shared an int8 weight share the float one
+            new.register_parameter(name, shared.setdefault(key, getattr(new, name)))
+        replace(model, paths, module, new)
     return len(modules)
 
 
@@ -127,31 +134,38 @@ def find_linears(
     facts = _Facts(model, config, refused or {})
     return [
         Found(module, paths, facts.site(module, paths))
-        for module, paths in _by_identity(model, (nn.Module,))
+        for module, paths in by_identity(model, (nn.Module,))
         if isinstance(module, Int8Linear) or is_float_linear(module)
     ]
 
 
 def report_of(model: nn.Module, config: Int8Config, refused: Mapping[str, tuple[Reason, str]] | None = None) -> Report:
-    """A model as it is: which linears are int8, and why the others are not. ``refused`` as in ``find_linears``."""
-    found = []
+    """A model as it is: what of it is int8, and why the rest is not. ``refused`` as in ``find_linears``."""
+
+    def as_is(site: Site) -> Site:
+        if site.reason is not Reason.REWRITTEN:
+            return site
+        # By the rules it could be, but nobody did.
+        return dataclasses.replace(site, reason=Reason.SKIPPED, detail="float in the checkpoint")
+
+    linears = [dataclasses.replace(f, site=as_is(f.site)) for f in find_linears(model, config, refused=refused)]
+    experts = [
+        dataclasses.replace(f, sites={name: as_is(site) for name, site in f.sites.items()})
+        for f in find_experts(model, config, refused=refused)
+    ]
+    return Report([_graph_report(linears, experts, _provider(model, config), config)])
+
+
+def skeleton_(model: nn.Module, config: Int8Config, refused: Mapping[str, tuple[Reason, str]]) -> None:
+    """Replace linears and experts on the meta device by empty int8 modules, to be filled from a checkpoint."""
+    convert_experts(model, deque(f for f in find_experts(model, config, refused=refused) if f.chosen), config)
     for linear in find_linears(model, config, refused=refused):
-        site = linear.site
-        if site.reason is Reason.REWRITTEN:  # by the rules it could be, but nobody did
-            site = dataclasses.replace(site, reason=Reason.SKIPPED, detail="float in the checkpoint")
-        found.append(dataclasses.replace(linear, site=site))
-    return Report([_graph_report(model, found, _provider(model, config), config)])
-
-
-def skeleton_(model: nn.Module, found: list[Found], config: Int8Config) -> None:
-    """Replace linears on the meta device by empty ``Int8Linear``, to be filled from a checkpoint."""
-    for linear in found:
         if linear.site.reason is Reason.REWRITTEN:
             if config.llm_int8_has_fp16_weight:
                 new: nn.Module = Int8MasterLinear.from_float(linear.module, config)
             else:
                 new = Int8Linear.from_float(linear.module, config, paths=linear.paths)
-            _replace(model, linear.paths, linear.module, new)
+            replace(model, linear.paths, linear.module, new)
 
 
 def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> None:
@@ -161,7 +175,7 @@ def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> Non
     while linears:
         module, paths = linears[0].module, linears.popleft().paths
         if config.llm_int8_has_fp16_weight:
-            _replace(model, paths, module, Int8MasterLinear.from_float(module, config))
+            replace(model, paths, module, Int8MasterLinear.from_float(module, config))
             continue
         key = id(module.weight)
         int8_weight = shared.get(key)
@@ -170,7 +184,7 @@ def _convert(model: nn.Module, linears: deque[Found], config: Int8Config) -> Non
             int8_weight = Int8Weight.quantize(module.weight, is_conv1d(module))
             if readers[key] > 1:
                 shared[key] = int8_weight
-        _replace(model, paths, module, Int8Linear.from_float(module, config, paths=paths, int8_weight=int8_weight))
+        replace(model, paths, module, Int8Linear.from_float(module, config, paths=paths, int8_weight=int8_weight))
 
 
 class _Facts:
@@ -246,35 +260,6 @@ def _storage(tensor: object) -> int | None:
     return storage_key(tensor) if isinstance(tensor, torch.Tensor) else None
 
 
-def _by_identity(
-    model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...]
-) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Modules of some types, each once, with every path it stands at."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, types):
-            found.setdefault(id(module), (module, []))[1].append(path)
-    return [(module, tuple(paths)) for module, paths in found.values()]
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps a module's weights elsewhere between calls, and only empty ones in it."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
-
-
-def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """What was hooked to a module goes on with the one in its place; accelerate's moving between devices too."""
-    share_hooks(old, new)
-    if hasattr(old, "_hf_hook") and not is_offloaded(old):
-        sys.modules["accelerate.hooks"].add_hook_to_module(new, old._hf_hook)
-
-
-def _replace(model: nn.Module, paths: tuple[str, ...], old: nn.Module, new: nn.Module) -> None:
-    carry_hooks(old, new)
-    for path in paths:
-        model.set_submodule(path, new)
-
-
 def _unwrapped(model: object, function: str) -> nn.Module:
     """The module itself, where ``torch.compile`` has wrapped it."""
     model = uncompiled(model)
@@ -321,7 +306,7 @@ def _use(found: Found, config: Int8Config) -> WeightUse:
     return WeightUse(id(weight), weight.numel() * dtype.itemsize, int8_bytes, not in_int8)
 
 
-def _graph_report(model: nn.Module, found: list[Found], provider: str, config: Int8Config) -> GraphReport:
-    sites, uses = bare_experts(model, config)
-    sites, uses = [f.site for f in found] + sites, [_use(f, config) for f in found] + uses
+def _graph_report(linears: list[Found], experts: list[FoundExperts], provider: str, config: Int8Config) -> GraphReport:
+    sites = [f.site for f in linears] + [site for f in experts for site in f.sites.values()]
+    uses = [_use(f, config) for f in linears] + [use for f in experts for use in f.uses()]
     return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
-__all__ = ["BatchNorm", "Dropout", "InstanceNorm", "share_hooks", "uncompiled"]
+__all__ = ["BatchNorm", "Dropout", "InstanceNorm", "copy_contents", "share_hooks", "uncompiled"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -31,3 +32,16 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 def uncompiled(model: Any) -> Any:
     """The module or function that ``torch.compile`` has wrapped; anything else as it is."""
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+def copy_contents(old: nn.Module, new: nn.Module, *, without: Collection[str]) -> None:
+    """Give a module another's attributes, Parameters, buffers and children, the same objects, but none of its hooks.
+
+    Args:
+        without: names of those that it is not given.
+    """
+    hidden = {*vars(nn.Module()), "forward", "_hf_hook", "_old_forward", *without}
+    vars(new).update({name: value for name, value in vars(old).items() if name not in hidden})
+    for kind in ("_parameters", "_buffers", "_modules"):
+        vars(new)[kind].update({name: value for name, value in vars(old)[kind].items() if name not in without})
+    vars(new)["_non_persistent_buffers_set"].update(vars(old)["_non_persistent_buffers_set"])

@@ -9,7 +9,9 @@ bitsandbytes         ``weight``                   ``SCB``, fp32 [N], 127 * scale
 compressed-tensors   ``weight``                   ``weight_scale``, fp32 [N, 1]        vLLM, SGLang
 ==================== ============================ ==================================== =======================
 
-In each, codes are row-major [N, K], GPT-2's Conv1D included, and nothing is requantised from one to another.
+In each, codes are row-major [N, K], GPT-2's Conv1D included, and nothing is requantised from one to another. Experts
+are linears of their own in it, or in the format ``int8compile`` one weight [E, N, K] with its scale [E, N], as the
+float checkpoint has them; bitsandbytes has no int8 form for them.
 
 A program that does not know the format ``int8compile`` would take codes for floats. So that it fails instead, the first
 int8 weight of such a checkpoint has one dimension more, [N, K, 1], which fits no float weight.
@@ -25,6 +27,9 @@ from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.weights.int8_weight import Int8Weight
 
 FORMATS = ("int8compile", "bitsandbytes", "compressed-tensors")
+
+#: what the name of experts' weights is followed by in that of their scales
+SCALE = "_scale"
 
 #: names of the entries that one int8 weight can have, in any of the formats we read
 SERIALIZED = ("weight", "weight_scale", "SCB", "weight_format")
@@ -81,6 +86,37 @@ def read_int8_weight(found: dict[str, torch.Tensor], prefix: str, shape: Iterabl
     return Int8Weight(weight, scale.float() / 127.0 if name == "SCB" else scale)
 
 
+def read_experts_weight(
+    weight: torch.Tensor | None, weight_scale: torch.Tensor | None, name: str, shape: Iterable[int]
+) -> Int8Weight | None:
+    """The int8 form in a checkpoint's entries for one weight of several experts, not copied; None if there are none.
+
+    Args:
+        weight, weight_scale: the entries of that name, and of that name with ``SCALE``; None if they are missing.
+        name: for messages.
+        shape: what the model expects of the weight, [E, N, K].
+
+    Raises:
+        CheckpointError: they are not an int8 weight and its scale.
+    """
+    if weight is None and weight_scale is None:
+        return None
+    shape = tuple(shape)
+    if weight is None or weight.dtype != torch.int8:
+        problem = "is missing" if weight is None else f"is {weight.dtype}"
+        raise CheckpointError(name, problem, "int8; quantise a float checkpoint after it is loaded")
+    if tuple(weight.shape) == (*shape, 1):
+        weight = weight.squeeze(3)
+    if tuple(weight.shape) != shape:
+        raise CheckpointError(name, f"is int8 {list(weight.shape)}", f"{list(shape)}, as the model has it")
+    if weight_scale is None:
+        raise CheckpointError(name + SCALE, f"is missing beside the int8 {name}", "it")
+    if weight_scale.dtype != torch.float32 or tuple(weight_scale.shape) != shape[:2]:
+        problem = f"is {weight_scale.dtype} {list(weight_scale.shape)}"
+        raise CheckpointError(name + SCALE, problem, f"float32 {list(shape[:2])}")
+    return Int8Weight(weight, weight_scale)
+
+
 def absmax_of(weight_scale: torch.Tensor) -> torch.Tensor:
     """The absmax whose 127th is a weight's scale, to the bit: ``weight_scale * 127`` or one of its neighbours.
 
@@ -99,4 +135,4 @@ def absmax_of(weight_scale: torch.Tensor) -> torch.Tensor:
 
 def mark(weight: torch.Tensor) -> torch.Tensor:
     """The first int8 weight of a checkpoint, so that it is taken for no float one."""
-    return weight.unsqueeze(2)
+    return weight.unsqueeze(-1)

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph.capture import is_constant
 from int8compile.graph.dump import meta_tensor
+from int8compile.ops import grouped_linear
 from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.linears import resolve_transposes
 from int8compile.torch_internals.operators import overloads_of
@@ -189,7 +190,8 @@ def routers(graph: fx.Graph, linears: list[fx.Node]) -> set[fx.Node]:
     counts = set()
     for node in graph.nodes:
         experts = match_experts(node)
-        value = meta_tensor(experts.weight) if experts is not None else None
+        weight = arguments(node)["weight"] if node.target is grouped_linear else experts.weight if experts else None
+        value = meta_tensor(weight) if isinstance(weight, fx.Node) else None
         if value is not None:
             counts.add(int(value.shape[0]))
     found = set()

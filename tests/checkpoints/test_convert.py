@@ -36,7 +36,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT", "T5", "Whisper", "Mixtral"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT", "T5", "Whisper", "Mixtral", "gpt-oss", "DeepSeek-V3"])
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "40KB"}])
 def test_is_what_from_pretrained_and_save_pretrained_make(tmp_path, name, how):
     folder, family, inputs = float_folder(tmp_path, name, **how)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from int8compile import Int8Linear, Reason, dequantize_, quantize_
 from int8compile.errors import ModuleError
 from int8compile.integrations.transformers import Int8Config, save_pretrained
-from int8compile.modules.inplace import is_offloaded
+from int8compile.modules.places import is_offloaded
 from int8compile.weights.formats import FORMATS
 
 LLAMA = next(entry for entry in ZOO if entry.name == "Llama")

@@ -288,3 +288,26 @@ def test_modules_to_save_train_as_float_copies():
     model.train()(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in saved.values())
     assert isinstance(model.base_model.model.classifier.original_module.dense, Int8Linear)
+
+
+def test_lora_around_int8_experts():
+    model, inputs = int8_model("gpt-oss")
+    before = logits(model, inputs)
+    model = lora(model).train()
+    model(**inputs).logits.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(grads) == 16
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+    with model.disable_adapter():
+        assert torch.equal(logits(model.eval(), inputs), before)
+
+
+def test_experts_to_save_train_as_float_copies():
+    model, inputs = int8_model("Mixtral")
+    names = ["layers.1.mlp.experts"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names))
+    saved = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert sorted(name.rpartition(".")[2] for name in saved) == ["down_proj", "gate_up_proj"]
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in saved.values())
+    model.train()(**inputs).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in saved.values())

@@ -19,14 +19,14 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import int8compile
-from int8compile import Int8Linear, Reason, quantize_
+from int8compile import Int8Experts, Int8Linear, Reason, quantize_
 from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.integrations.transformers import Int8Config, save_pretrained
 
 SMALL = {"min_features": 0}
 ENTRIES = {entry.name: entry for entry in ZOO}
 TEXT = ["Llama", "Qwen3", "Gemma3", "GPT-2", "BERT", "T5"]
-OTHERS = ["ViT", "Whisper", "CLIP", "Falcon", "Phi3", "Mixtral"]
+OTHERS = ["ViT", "Whisper", "CLIP", "Falcon", "Phi3", "Mixtral", "Qwen3-MoE", "OLMoE", "gpt-oss", "DeepSeek-V3"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +70,9 @@ def test_quantises_while_loading_and_round_trips_to_the_bit(tmp_path, name, tied
     quantize_(in_place := copy.deepcopy(model), SMALL)
     assert torch.equal(result(loaded, inputs), result(in_place, inputs))
     if tied is None:
-        # Mixtral's experts are bare Parameters: sites to the compiler, which sees graphs, but no linear modules.
-        assert loaded.hf_quantizer.report.rewritten == ENTRIES[name].int8 - 4 * (name == "Mixtral")
-    assert loaded.hf_quantizer.report.rewritten == sum(isinstance(m, Int8Linear) for m in loaded.modules()) > 0
+        assert loaded.hf_quantizer.report.rewritten == ENTRIES[name].int8
+    int8 = [len(getattr(m, "int8", "1")) for m in loaded.modules() if isinstance(m, (Int8Linear, Int8Experts))]
+    assert loaded.hf_quantizer.report.rewritten == sum(int8) > 0
 
     loaded.save_pretrained(tmp_path / "int8")
     loaded.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")

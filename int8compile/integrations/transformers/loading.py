@@ -1,4 +1,4 @@
-"""Converts a linear's entries of a checkpoint in ``from_pretrained``: quantises floats, takes int8 ones as they are."""
+"""Converts entries of a checkpoint in ``from_pretrained``: quantises floats, takes int8 ones of linears as they are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from transformers.core_model_loading import ConversionOps
 from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError
 from int8compile.modules.inplace import is_float_linear, matrix_shape
+from int8compile.modules.int8_experts import Int8Experts
 from int8compile.modules.int8_linear import Int8Linear, is_conv1d
-from int8compile.weights.formats import read_int8_weight
+from int8compile.weights.formats import SCALE, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
 
 Entries = dict[str, Any]
@@ -33,6 +34,9 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             value = value[0] if isinstance(value, list) else value
             path = key.rpartition(".")[0]
             module = model.get_submodule(path)
+            if isinstance(module, Int8Experts):
+                result |= self._experts(key, module, value, missing_keys)
+                continue
             expected = (module.out_features, module.in_features)
             expected = expected[::-1] if module.stored_transposed else expected
             if tuple(value.shape) != expected:  # which transformers reports, or ignores if it is told to
@@ -43,18 +47,35 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             self.loaded.add(path)
         return result
 
+    def _experts(self, key: str, module: Int8Experts, value: torch.Tensor, missing_keys: set[str] | None) -> Entries:
+        name = key.rpartition(".")[2]
+        if tuple(value.shape) != tuple(module.dequantize(name).shape):
+            module.dequantize_weight_(name)
+            (missing_keys or set()).discard(key + SCALE)
+            return {key: value}
+        self.loaded.add(key)
+        return dict(zip((key, key + SCALE), Int8Weight.quantize(value, module.is_transposed), strict=True))
 
-class Deserialize(ConversionOps):  # type: ignore[misc]
-    """Entries of an int8 checkpoint, ours or bitsandbytes', as they are; what is float in it stays float.
 
-    The checkpoint decides what is int8: where it disagrees with the model that was prepared for it (a bitsandbytes
-    checkpoint has other rules), the module is exchanged. Entries come as the file has them, so that scales are never
-    rounded to the model's dtype; ``dtype``, if any, is what a float weight is cast to.
+class Reading(ConversionOps):  # type: ignore[misc]
+    """What reads int8 checkpoints, in which the file decides what is int8.
+
+    Entries come as the file has them, so that scales are never rounded to the model's dtype; ``dtype``, if any, is what
+    a float weight is cast to.
     """
 
     def __init__(self, config: Int8Config, loaded: set[str]) -> None:
+        """``loaded``: takes the paths of the modules that get int8 weights, of experts those of the weights."""
         self.config, self.loaded = config, loaded
         self.dtype: torch.dtype | None = None
+
+
+class Deserialize(Reading):
+    """Entries of an int8 checkpoint, ours or bitsandbytes', as they are; what is float in it stays float.
+
+    The checkpoint decides what is int8: where it disagrees with the model that was prepared for it (a bitsandbytes
+    checkpoint has other rules), the module is exchanged.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
         return Deserialize(self.config, self.loaded)  # transformers copies operations for every weight
@@ -92,14 +113,14 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         assert int8_weight is not None
         if not isinstance(module, Int8Linear):
             model.set_submodule(path, Int8Linear.from_float(module, self.config, paths=(path,)))
-        untie_(model, path)
+        untie_(model, f"{path}.weight")
         self.loaded.add(path)
         return _tensors(path, int8_weight)
 
 
-def untie_(model: Any, path: str) -> None:
+def untie_(model: Any, name: str) -> None:
     """An int8 weight is tied to no float one any more, whatever the model's configuration says."""
-    tied, name = getattr(model, "all_tied_weights_keys", {}), f"{path}.weight"
+    tied = getattr(model, "all_tied_weights_keys", {})
     for target, source in list(tied.items()):
         if name in (target, source):
             del tied[target]

@@ -30,17 +30,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import int8compile
 from int8compile import config as core
-from int8compile.errors import OptionNameError, OptionValueError
+from int8compile.errors import CheckpointError, OptionNameError, OptionValueError
 from int8compile.integrations.transformers import bitsandbytes
-from int8compile.integrations.transformers.loading import Deserialize, Quantize, untie_
+from int8compile.integrations.transformers.experts import (
+    conversions_for_loading,
+    conversions_for_saving,
+    int8_weights,
+)
+from int8compile.integrations.transformers.loading import Deserialize, Quantize, Reading, untie_
 from int8compile.integrations.transformers.saving import (
+    ignored,
     linear_paths,
     quantization_config,
+    saved_as_float,
     state_dict,
-    weight_only_paths,
 )
-from int8compile.modules.inplace import carry_hooks, dequantize_, find_linears, is_offloaded, report_of, skeleton_
+from int8compile.modules.inplace import dequantize_, find_linears, report_of, skeleton_
+from int8compile.modules.int8_experts import Int8Experts, is_experts
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear
+from int8compile.modules.places import carry_hooks, is_offloaded
 from int8compile.report import UNMATCHED, Reason, Report
 from int8compile.selection import weight_only_by
 from int8compile.weights.formats import FORMATS
@@ -170,11 +178,13 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.refused = refused_linears(model, self.dtype)
-        skeleton_(model, find_linears(model, self.config, refused=self.refused), self.config)
+        skeleton_(model, self.config, self.refused)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(path), Int8Linear)
+        module = model.get_submodule(path)
+        is_int8 = name in module.int8 if isinstance(module, Int8Experts) else name == "weight"
+        return not self.pre_quantized and is_int8 and isinstance(module, (Int8Linear, Int8Experts))
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self.loaded)
@@ -184,9 +194,15 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     serialized_names = {"weight": ["weight", "weight_scale", "SCB", "weight_format"]}  # noqa: RUF012
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's own conversions, and ours, of an int8 checkpoint."""
+        if self.pre_quantized:
+            weight_conversions = conversions_for_loading(weight_conversions, model, self.config, self.loaded)
+        return list(super().update_weight_conversions(weight_conversions, model))
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Floats are cast to the model's dtype; what may be codes or scales, by ``Deserialize``, which sees which."""
-        ours = [op for op in getattr(converter, "operations", ()) if isinstance(op, Deserialize)]
+        """Floats are cast to the model's dtype; what may be codes or scales, by ``Reading``, which sees which."""
+        ours = [op for op in getattr(converter, "operations", ()) if isinstance(op, Reading)]
         for op in ours:
             op.dtype = dtype
         is_float = param.get_dtype() in ("F64", "F32", "F16", "BF16") if hasattr(param, "get_dtype") else True
@@ -196,9 +212,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         _initialize_missing(model, self.loaded)
         self._copy_tied(model)
         _check_offload(model)
-        conversions = getattr(model, "_weight_conversions", None) or []
-        # What we read in is not what we write: the state dict that is saved is made by get_state_dict_and_metadata.
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)]  # type: ignore[assignment]
         self.attach_(model)
         log.info("int8: %s", self.report.summary())
         if self.report.unmatched and not self.pre_quantized:
@@ -215,7 +228,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             carry_hooks(found.module, new)
             for path in found.paths:
                 model.set_submodule(path, new)
-                untie_(model, path)
+                untie_(model, f"{path}.weight")
                 self.refused.pop(path, None)
 
     def attach_(self, model: Any) -> None:
@@ -223,6 +236,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         model.hf_quantizer, model.config.quantization_config = self, self.quantization_config
         model.is_quantized, model.is_loaded_in_8bit = True, True
         model.quantization_method = "int8compile"
+        # What we read in is not what we write: the state dict that is saved is made by get_state_dict_and_metadata.
+        model._weight_conversions = conversions_for_saving(model)
         self.report = report_of(model, self.config, self.refused)
         _tell_peft()
 
@@ -242,21 +257,25 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Within the context ``model.save_pretrained`` writes another format."""
         before = model.config.quantization_config
         int8, left = linear_paths(model)
-        as_float = bitsandbytes.float_linears(model).intersection(int8) if format == "bitsandbytes" else set()
-        if format != "int8compile":  # which quantise every activation
-            as_float |= weight_only_paths(model)
+        as_float = saved_as_float(model, format)
         int8 = [path for path in int8 if path not in as_float]
-        written = quantization_config(before, int8, [*left, *sorted(as_float)], format)
+        left += [path for path in sorted(as_float) if path not in {name for name, *_ in int8_weights(model)}]
+        if format == "compressed-tensors":
+            left = ignored(model, int8, left)
+        written = quantization_config(before, int8, left, format)
         if as_float:
             names = ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in as_float}))
             if not int8:
                 raise OptionValueError("format", format, f"another one: to {format} {names} are float, all there are")
             log.warning("int8: written in float, which they are to %s: %s", format, names)
+        conversions = model._weight_conversions
         self._saving, self._as_float, model.config.quantization_config = format, as_float, written
+        model._weight_conversions = conversions_for_saving(model, single=format == "compressed-tensors")
         try:
             yield
         finally:
             self._saving, self._as_float, model.config.quantization_config = "int8compile", set(), before
+            model._weight_conversions = conversions
 
 
 def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwargs: Any) -> None:
@@ -264,9 +283,10 @@ def save_pretrained(model: Any, folder: str, format: str = "int8compile", **kwar
 
     Args:
         format: ``"int8compile"``; ``"bitsandbytes"``, which bitsandbytes reads (a linear that it has no int8 form for,
-            such as T5's ``wo``, is written in float and named in a warning); ``"compressed-tensors"``, int8 weights
-            with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers). Linears of
-            which the weights alone are int8 are written in float in either, with a warning.
+            such as T5's ``wo``, and experts are written in float and named in a warning); ``"compressed-tensors"``,
+            int8 weights with dynamic int8 activations a token, which vLLM and SGLang serve (they know no outliers).
+            Linears of which the weights alone are int8 are written in float in either, with a warning; so are
+            experts, of whom that format knows each one's linears, in a model whose checkpoints have others.
         kwargs: those of transformers' ``save_pretrained``.
 
     Raises:
@@ -321,7 +341,9 @@ def attach_(model: Any, config: core.Int8Config, refused: dict[str, tuple[Reason
     quantizer.attach_(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Int8Linear):
-            untie_(model, path)
+            untie_(model, f"{path}.weight")
+    for name, *_ in int8_weights(model):
+        untie_(model, name)
 
 
 def _tell_peft() -> None:
@@ -353,17 +375,25 @@ def refused_linears(
     keys = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     refused = dict.fromkeys(keys, (Reason.OUTPUT_EMBEDDING, "tied"))
     in_float32 = model._get_dtype_plan(dtype) if dtype is not None else {}
-    for path, _ in model.named_modules(remove_duplicate=False):
+    linears = {f"{path}.weight" for path, _ in model.named_modules(remove_duplicate=False)}
+    for name in linears | {name for name, _ in model.named_parameters(remove_duplicate=False)}:
         # As transformers looks for what it casts: "mlp.gate.weight" is one of these names.
-        if any(re.search(name.replace("*", ".*"), f"{path}.weight") for name in in_float32):
-            refused[path] = (Reason.SKIPPED, "_keep_in_fp32_modules")
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in in_float32):
+            refused[name.removesuffix(".weight")] = (Reason.SKIPPED, "_keep_in_fp32_modules")
     there = bitsandbytes.float_linears(model) if format == "bitsandbytes" else set()
+    if format == "bitsandbytes":
+        there |= {path for path, module in model.named_modules(remove_duplicate=False) if is_experts(module)}
     return dict.fromkeys(there, (Reason.SKIPPED, "float to bitsandbytes")) | refused
 
 
 def _initialize_missing(model: Any, loaded: set[str]) -> None:
-    """Linears that the checkpoint does not have (a new head) become float ones, initialised as the model does it."""
+    """Linears that the checkpoint does not have (a new head) become float ones, initialised as the model does it.
+
+    So do experts' weights, and the modules of experts that have no int8 weight then.
+    """
     for path, module in list(model.named_modules()):
+        if isinstance(module, Int8Experts):
+            _initialize_experts(model, path, module, loaded)
         if not isinstance(module, Int8Linear) or path in loaded:
             continue
         device = module.weight.device if not module.weight.is_meta else torch.device("cpu")
@@ -373,15 +403,25 @@ def _initialize_missing(model: Any, loaded: set[str]) -> None:
         model._init_weights(new)
 
 
+def _initialize_experts(model: Any, path: str, module: Int8Experts, loaded: set[str]) -> None:
+    missing = [name for name in module.int8 if f"{path}.{name}" not in loaded]
+    if missing and len(missing) < len(module.int8):
+        raise CheckpointError(f"{path}.{missing[0]}", "is missing", "it beside the experts' other weight")
+    for name in missing:
+        module.dequantize_weight_(name)
+    if not module.int8:
+        new = module.to_float()
+        carry_hooks(module, new)
+        model.set_submodule(path, new)
+        if missing:
+            model._init_weights(new)
+
+
 def _check_offload(model: nn.Module) -> None:
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
-        if isinstance(module, Int8Linear) and is_offloaded(module) and not hook.offload_buffers:
+        if isinstance(module, (Int8Linear, Int8Experts)) and is_offloaded(module) and not hook.offload_buffers:
             raise ValueError(
                 "device_map offloads int8 weights, which are buffers: pass offload_buffers=True to from_pretrained, "
                 "or they would all be moved to the execution device"
             )
-
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
