@@ -25,6 +25,7 @@ from int8compile.passes.analysis.sites import complete_sites, weight_uses
 from int8compile.report import UNMATCHED, GraphBreak, GraphReport, Reason, Report
 from int8compile.selection import unmatched
 from int8compile.torch_internals import dynamo
+from int8compile.torch_internals.dtensors import is_dtensor
 from int8compile.weights.invalidation import watch_optimizers
 from int8compile.weights.lifted_inputs import LiftedInput, LiftedInputs
 from int8compile.weights.store import STORE
@@ -132,7 +133,9 @@ def _runner(
         may_release = not any(position in kept for position, _ in sources)
         inputs.append(LiftedInput(tuple(sources), release if may_release else None))
     watch_optimizers()
-    fetch = LiftedInputs(STORE, inputs, written_inputs(captured)).fetch
+    weights = sorted({at for lifted in inputs for at, _ in lifted.sources})
+    sharded = [at for at, node in enumerate(captured.position) if at in weights and is_dtensor(captured.examples[node])]
+    fetch = LiftedInputs(STORE, inputs, written_inputs(captured), sharded).fetch
 
     def call(*args: Any) -> Any:
         lifted = fetch(args)

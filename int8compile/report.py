@@ -32,6 +32,10 @@ class Reason(enum.Enum):
     DTYPE = "not float32, float16 or bfloat16"
     TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
     SUBCLASS = "its weight or activation is a tensor subclass"
+    SHARDED = (
+        "a product of DTensors that is none of their shards: it needs gradients (freeze what does not train), or their "
+        "layouts are not those of a column-wise or row-wise linear"
+    )
     CUSTOM = "a module with a forward of its own, which may do more than a linear"
     NOT_CONSTANT = "its weight is not a parameter or buffer but is computed, or passed in, at each call"
     FROZEN = (

@@ -56,11 +56,19 @@ class PassContext:
         graph = self.capture.graph
         with graph.inserting_before(before):
             node = graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         if value is None:
             values, named = argument_values(args), argument_values(kwargs or {})
             with self.capture.fake_mode, torch.no_grad():
                 value = target(*values, **named)
+        return self._described(node, like, value)
+
+    def call_method(self, before: fx.Node, method: str, args: tuple[Any, ...], like: fx.Node, value: Any) -> fx.Node:
+        """The same with a method of the first argument."""
+        with self.capture.graph.inserting_before(before):
+            return self._described(self.capture.graph.call_method(method, args), like, value)
+
+    def _described(self, node: fx.Node, like: fx.Node, value: Any) -> fx.Node:
+        node.meta = {k: v for k, v in like.meta.items() if k in _PROVENANCE}
         node.meta["val" if "val" in like.meta and "example_value" not in like.meta else "example_value"] = value
         return node
 

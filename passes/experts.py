@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from int8compile import selection
-from int8compile.graph.capture import FloatInput
+from int8compile.graph.capture import FloatInput, constant_of
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import grouped_linear
 from int8compile.passes.analysis import transformed
@@ -49,7 +49,9 @@ def experts(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _rewritten(node: fx.Node, match: Experts, path: str, context: PassContext) -> fx.Node:
-    lifted = context.capture.lift((FloatInput(match.weight, match.transposed),))
+    constant = constant_of(match.weight)
+    assert constant is not None
+    lifted = context.capture.lift((FloatInput(constant, match.transposed),))
 
     def product(x: fx.Node, offsets: fx.Node, value: Any = None) -> fx.Node:
         weights = (lifted.weight, lifted.weight_scale)

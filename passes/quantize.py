@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from int8compile import selection
-from int8compile.graph.capture import FloatInput, is_constant
+from int8compile.graph.capture import FloatInput, constant_of, stored_tensor
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import linear as int8_linear
 from int8compile.ops import master_linear
@@ -27,17 +27,21 @@ from int8compile.passes.analysis.arguments import arguments
 from int8compile.passes.analysis.effects import storage_of
 from int8compile.passes.analysis.experts import Experts, routers
 from int8compile.passes.analysis.linears import is_vector, resolve_transposes
+from int8compile.passes.analysis.shards import Shards, match_shards
 from int8compile.passes.analysis.sites import make_site, prequantized_site
 from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.passes.normalize import LINEAR
+from int8compile.passes.shards import read_shards_first, replace_by_shards
 from int8compile.report import Reason, Site
+from int8compile.torch_internals.dtensors import local_of
 from int8compile.torch_internals.tensors import is_any_fake, storage_key
 
 _EMBEDDINGS = {torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default}
 
 
 def quantize(graph: fx.Graph, context: PassContext) -> int:
+    read_shards_first(graph, context)
     facts = Facts(graph, context)
     for target in (int8_linear, master_linear):
         for node in graph.find_nodes(op="call_function", target=target):
@@ -58,9 +62,13 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
             context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
             continue
         weight, weight_scale = _lifted(weight, node, context)
-        args = (x, weight, weight_scale, bias, *selection.outliers(config, site.path))
-        new = context.call(node, int8_linear, args, like=node, value=meta_value(node))
-        context.replace(node, new)
+        outliers = selection.outliers(config, site.path)
+        shards = facts.shards(node, site.path)
+        if shards is None:
+            args = (x, weight, weight_scale, bias, *outliers)
+            context.replace(node, context.call(node, int8_linear, args, like=node, value=meta_value(node)))
+        else:
+            replace_by_shards(node, shards, (weight, weight_scale), outliers, context)
     return changes
 
 
@@ -68,7 +76,10 @@ def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.
     """The int8 form of a weight and its scales."""
     rows = rows_of_constant(weight)
     if rows is None:
-        lifted = context.capture.lift((FloatInput(*resolve_transposes(weight)),))
+        root, transposed = resolve_transposes(weight)
+        constant = constant_of(root)
+        assert constant is not None
+        lifted = context.capture.lift((FloatInput(constant, transposed),))
         return lifted.weight, lifted.weight_scale
     lifted = context.capture.lift((FloatInput(rows.root, transposed=False),))
     return rows.of(lifted.weight, before, context), rows.of(lifted.weight_scale, before, context)
@@ -97,7 +108,7 @@ class Facts:
         rows = rows_of_constant(weight)
         root = rows.root if rows else resolve_transposes(weight)[0]
         site = make_site(node, weight, Reason.REWRITTEN)
-        reason, detail = self._reason(node, x, root, site, self._form_refusal(node, root, site.out_features))
+        reason, detail = self._reason(node, x, weight, root, site, self._form_refusal(node, root))
         if reason is Reason.REWRITTEN:
             detail = selection.detail(selection.outliers(self.config, site.path)[1], site.detail)
         return dataclasses.replace(site, reason=reason, detail=detail or site.detail)
@@ -106,53 +117,68 @@ class Facts:
         """The same of a product with experts' weights."""
         site = make_site(node, experts.weight, Reason.REWRITTEN, transposed=experts.transposed)
         form = self._experts_refusal(node, experts)
-        reason, detail = self._reason(node, experts.x, experts.weight, site, form)
+        reason, detail = self._reason(node, experts.x, experts.weight, experts.weight, site, form)
         if reason is Reason.REWRITTEN:
             detail = selection.detail(selection.outliers(self.config, site.path)[1])
         return dataclasses.replace(site, reason=reason, detail=detail)
 
     def _reason(
-        self, node: fx.Node, x: fx.Node, root: fx.Node, site: Site, form: tuple[Reason, str] | None
+        self, node: fx.Node, x: fx.Node, used: fx.Node, root: fx.Node, site: Site, form: tuple[Reason, str] | None
     ) -> tuple[Reason, str]:
-        k, n = site.in_features, site.out_features
-        if not is_constant(root):
+        """Why a product stays in float, or that it does not: x times ``used``, which is ``root`` or a view of it."""
+        constant = constant_of(root)
+        if constant is None:
             return (Reason.FROZEN if root.op == "get_attr" else Reason.NOT_CONSTANT), ""
-        weight, activation, out = meta_tensor(root), meta_tensor(x), meta_tensor(node)
-        example = self.context.capture.examples.get(root)
-        if (
-            isinstance(example, torch.Tensor)
-            and type(example) not in selection.PLAIN_TENSORS
-            and not is_any_fake(example)
-        ):
-            return Reason.SUBCLASS, type(example).__name__
+        weight, activation, out = stored_tensor(constant), meta_tensor(x), meta_tensor(node)
+        example, used_value = self.context.capture.examples.get(constant), meta_tensor(used)
         if weight is None:
             return Reason.SHAPE, ""
         if activation is None or out is None:
             return Reason.DTYPE, ""
-        if not is_any_fake(activation) and type(activation) not in selection.PLAIN_TENSORS:
-            return Reason.SUBCLASS, f"activation: {type(activation).__name__}"
+        shards = self.shards(node, site.path)
+        if shards is not None:
+            used_value, activation = weight, local_of(activation)
+        held = local_of(example) if isinstance(example, torch.Tensor) else None
+        for value, what in ((held, ""), (used_value, ""), (activation, "activation: ")):
+            if value is not None and not is_any_fake(value) and type(value) not in selection.PLAIN_TENSORS:
+                return Reason.SUBCLASS, f"{what}{type(value).__name__}"
+        if 0 in weight.shape and held is not example:
+            return Reason.SHAPE, "an empty shard"
         shared = self._shares_an_embedding(root)
         trainable = example.requires_grad if isinstance(example, torch.Tensor) else weight.requires_grad
         trainable = trainable and self.regions[node][1] and not self.config.llm_int8_has_fp16_weight
         return (
-            selection.shape_refusal(tuple(weight.shape)[site.experts is not None :], k)
+            selection.shape_refusal(tuple(weight.shape)[site.experts is not None :], site.in_features)
             or next(filter(None, (selection.dtype_refusal(t.dtype) for t in (weight, activation, out))), None)
             or selection.name_refusal(site.path, shared, self.config)
             or ((Reason.MUTATED, "") if self.effects.ever_written(root) else None)
             or form
-            or selection.size_refusal(k, n, self.config)
+            or selection.size_refusal(site.in_features, site.out_features, self.config)
             or ((Reason.TRAINABLE, "") if trainable else None)
+            or ((Reason.SHARDED, shards.refusal) if shards is not None and shards.refusal else None)
+            or ((Reason.SHARDED, "gradients") if shards is not None and self._needs_gradients(node) else None)
             or (Reason.REWRITTEN, "")
         )
 
-    def _form_refusal(self, node: fx.Node, root: fx.Node, n: int) -> tuple[Reason, str] | None:
+    def shards(self, node: fx.Node, path: str) -> Shards | None:
+        """Whether a linear is one of DTensors, which each process can compute from its own shards."""
+        if node.target is not LINEAR:
+            return None
+        threshold, outlier_policy = selection.outliers(self.config, path)
+        return match_shards(node, rows=threshold == 0 or outlier_policy != "column")
+
+    def _needs_gradients(self, node: fx.Node) -> bool:
+        operands = [meta_tensor(n) for n in node.all_input_nodes]
+        return self.regions[node][1] and any(value is not None and value.requires_grad for value in operands)
+
+    def _form_refusal(self, node: fx.Node, root: fx.Node) -> tuple[Reason, str] | None:
         """Why this call of a linear cannot be one of our operator, whatever its weight is."""
         x, weight, bias = node.args
         given = [a for a in (x, weight, root, bias, node) if isinstance(a, fx.Node)]
         if any(map(self.effects.reshaped, given)):
             return Reason.RESHAPED, ""
-        if isinstance(bias, fx.Node) and not is_vector(bias, n):
-            value = meta_tensor(bias)
+        value, out = meta_tensor(bias) if isinstance(bias, fx.Node) else None, meta_tensor(node)
+        if isinstance(bias, fx.Node) and not (out is not None and is_vector(bias, out.shape[-1])):
             return Reason.FORM, f"bias {list(value.shape) if value is not None else '?'}"
         if node in self.routers:
             return Reason.ROUTER, ""
@@ -182,7 +208,7 @@ class Facts:
 
     def _real_storage(self, node: fx.Node) -> int | None:
         """Two Parameters can share storage without being one graph input."""
-        example = self.context.capture.examples.get(node)
+        example = self.context.capture.examples.get(constant_of(node) or node)
         if not isinstance(example, torch.Tensor) or is_any_fake(example):
             return None
         return storage_key(example)

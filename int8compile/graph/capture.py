@@ -21,11 +21,15 @@ import torch
 from torch import fx
 
 from int8compile.graph.dump import meta_tensor
+from int8compile.torch_internals.dtensors import local_of, takes_shard
 from int8compile.torch_internals.graphs import empty_like, set_source, source_of
 
 
 class FloatInput(NamedTuple):
-    """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``; of experts with E in front."""
+    """A float weight among a graph's inputs: [N, K], or [K, N] if ``transposed``; of experts with E in front.
+
+    A DTensor stands for this process's shard of it.
+    """
 
     placeholder: fx.Node
     transposed: bool
@@ -77,7 +81,7 @@ class Capture:
             return self.lifted[sources]
         shapes = [_int8_shape(source) for source in sources]
         shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
-        first = meta_tensor(sources[0].placeholder)
+        first = stored_tensor(sources[0].placeholder)
         assert first is not None
         paths = "+".join(str(node.meta["int8compile_constant"]) for node, _ in sources)
         with self.fake_mode:
@@ -124,7 +128,7 @@ class Capture:
 
 def _int8_shape(source: FloatInput) -> tuple[int, ...]:
     """[N, K], or [E, N, K]: the shape of a float weight's int8 form."""
-    value = meta_tensor(source.placeholder)
+    value = stored_tensor(source.placeholder)
     assert value is not None
     shape = value.mT.shape if source.transposed else value.shape
     return tuple(map(int, shape))
@@ -175,6 +179,18 @@ def mark_constant_as(node: fx.Node, name: str) -> None:
 def is_constant(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or buffer of the model."""
     return node.op == "placeholder" and "int8compile_constant" in node.meta
+
+
+def constant_of(node: fx.Node) -> fx.Node | None:
+    """The parameter or buffer that a value is, or that it is this process's shard of; None if it is neither."""
+    source = node.args[0] if takes_shard(node) else node
+    return source if isinstance(source, fx.Node) and is_constant(source) else None
+
+
+def stored_tensor(node: fx.Node) -> torch.Tensor | None:
+    """The fake of what this process holds of a constant: of a DTensor, its shard."""
+    value = meta_tensor(node)
+    return None if value is None else local_of(value)
 
 
 def module_path(source: str) -> str:

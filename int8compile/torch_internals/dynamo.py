@@ -13,12 +13,14 @@ from torch import fx
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_structured
 
+from int8compile.torch_internals.dtensors import local_of
 from int8compile.torch_internals.tensors import is_any_fake, new_fake_mode
 
 
 def fake_mode_of(values: Iterable[object]) -> Any:
-    """The fake mode of the first fake among values; a new one if there is none."""
+    """The fake mode of the first fake among values, a DTensor's shard too; a new one if there is none."""
     for value in values:
+        value = local_of(value) if isinstance(value, torch.Tensor) else value
         if is_any_fake(value):
             return value.fake_mode
     return new_fake_mode()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from int8compile.ops import quantize_weight
+from int8compile.torch_internals.dtensors import local_of
 
 _CHUNK = 1 << 20  # elements quantised at a time, so that fp32 temporaries stay small
 
@@ -15,11 +16,19 @@ _CHUNK = 1 << 20  # elements quantised at a time, so that fp32 temporaries stay 
 class FloatWeight(NamedTuple):
     """A linear's float weight: a tensor [N, K], or [K, N] if ``transposed``.
 
-    Experts' weights have their number in front: [E, N, K], or [E, K, N] if ``transposed``.
+    Experts' weights have their number in front: [E, N, K], or [E, K, N] if ``transposed``. Of a DTensor ``tensor`` is
+    this process's shard, and ``whole`` the DTensor.
     """
 
     tensor: torch.Tensor
     transposed: bool = False
+    whole: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, transposed: bool = False) -> FloatWeight:
+        """Of a plain tensor, or of the shard of a DTensor."""
+        local = local_of(tensor)
+        return cls(local, transposed, None if local is tensor else tensor)
 
     @property
     def shape(self) -> tuple[int, ...]:

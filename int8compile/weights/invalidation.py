@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from int8compile.torch_internals.dtensors import local_of
 from int8compile.weights.store import STORE
 
 
@@ -31,7 +32,7 @@ def watch_optimizers() -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    STORE.invalidate(weight for weight in weights if weight.grad is not None)
+    STORE.invalidate(local_of(weight) for weight in weights if weight.grad is not None)
 
 
 def restore_weights_(weights: torch.nn.Module | torch.Tensor) -> int:
@@ -58,7 +59,7 @@ def restore_weights_(weights: torch.nn.Module | torch.Tensor) -> int:
 
 def _tensors(weights: torch.nn.Module | torch.Tensor) -> Iterator[torch.Tensor]:
     if isinstance(weights, torch.Tensor):
-        return iter((weights,))
+        return iter((local_of(weights),))
     if isinstance(weights, torch.nn.Module):
-        return itertools.chain(weights.parameters(), weights.buffers())
+        return map(local_of, itertools.chain(weights.parameters(), weights.buffers()))
     raise TypeError(f"weights is {type(weights).__name__}; expected a torch.nn.Module or a tensor")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from int8compile.torch_internals.dtensors import local_of
 from int8compile.torch_internals.tensors import is_fake, storage_key
 from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 from int8compile.weights.stamps import unchanged_from_now
@@ -41,10 +42,17 @@ class LiftedInputs:
 
     Args:
         written: positions of the arguments that the graph writes to.
+        sharded: positions of the weights that are DTensors.
     """
 
-    def __init__(self, store: WeightStore, inputs: Sequence[LiftedInput], written: Sequence[int] = ()) -> None:
-        self._store, self._inputs, self._written = store, inputs, written
+    def __init__(
+        self,
+        store: WeightStore,
+        inputs: Sequence[LiftedInput],
+        written: Sequence[int] = (),
+        sharded: Sequence[int] = (),
+    ) -> None:
+        self._store, self._inputs, self._written, self._sharded = store, inputs, written, sharded
         self._positions = sorted({position for lifted in inputs for position, _ in lifted.sources})
         # Weights of which there are several int8 forms: all are made before the first frees the weight.
         taken = [source for lifted in inputs for source, _ in lifted.sources]
@@ -59,7 +67,7 @@ class LiftedInputs:
 
         None if an argument that the graph writes to lies in a weight's memory: that weight changes in mid-call.
         """
-        weights = [args[position] for position in self._positions]
+        weights = self._watched(args)
         last = self._last  # read once: another thread may put a new one
         if last is None or not last[0](weights):
             return self._resolve(args, weights)
@@ -73,16 +81,24 @@ class LiftedInputs:
             inputs += entry.int8_weight
         return inputs
 
+    def _watched(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The weights, and of a DTensor its shard too: a write counts of the one that it is made to."""
+        weights = [args[position] for position in self._positions]
+        return weights + [local_of(args[position]) for position in self._sharded]
+
     def _overlap(self, args: Sequence[torch.Tensor], storages: set[int]) -> bool:
         return any(storage_key(args[position]) in storages for position in self._written)
 
     def _resolve(self, args: Sequence[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        groups = [[FloatWeight(args[at], transposed) for at, transposed in lifted.sources] for lifted in self._inputs]
+        groups = [
+            [FloatWeight.of(args[at], transposed) for at, transposed in lifted.sources] for lifted in self._inputs
+        ]
         if not weights:
             return []
-        if is_fake(weights[0]):
+        first = local_of(weights[0])
+        if is_fake(first):
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
-            with weights[0].fake_mode:
+            with first.fake_mode:
                 return [tensor for group in groups for tensor in Int8Weight.empty(group)]
         storages = set(map(storage_key, weights))
         if self._overlap(args, storages):

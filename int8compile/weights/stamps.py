@@ -28,34 +28,44 @@ class Stamp:
     Args:
         weight: on any device.
         on_death: called when the weight is gone.
+        whole: the DTensor whose shard the weight is. A write to the DTensor counts there, and not of the shard.
     """
 
-    __slots__ = ("form", "pointer", "ref", "released", "sample", "storage", "version")
+    __slots__ = ("form", "pointer", "ref", "released", "sample", "storage", "version", "whole")
 
-    def __init__(self, weight: torch.Tensor, on_death: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, on_death: Callable[[], None] | None = None, whole: torch.Tensor | None = None
+    ) -> None:
         self.ref = weakref.ref(weight, None if on_death is None else lambda _: on_death())
+        self.whole = None if whole is None else (weakref.ref(whole), _version(whole))
         self.sample = _sample(weight)
-        # Inference tensors have no version counter.
-        self.version = None if weight.is_inference() else weight._version
+        self.version = _version(weight)
         self.pointer = weight.data_ptr()
         self.form = _form(weight)
         # Memory freed and allocated anew can have the same address; the storage it was is then expired.
         self.storage = StorageWeakRef(weight.untyped_storage())
         self.released = False  # set by who frees the storage: its bytes cannot be looked at any more
 
-    def matches(self, weight: torch.Tensor) -> bool:
-        """Whether this is the same weight, unchanged."""
+    def matches(self, weight: torch.Tensor, whole: torch.Tensor | None = None) -> bool:
+        """Whether this is the same weight, unchanged, of the same DTensor."""
         if self.ref() is not weight:
             return False
         if self.released:
             return bool(storage_key(weight) == self.storage.cdata)
         return (
-            (self.version is None or weight._version == self.version)
+            self._is_shard_of(whole)
+            and (self.version is None or weight._version == self.version)
             and weight.data_ptr() == self.pointer
             and _form(weight) == self.form
             and not storage_expired(self.storage.cdata)
             and _sample(weight) == self.sample
         )
+
+    def _is_shard_of(self, whole: torch.Tensor | None) -> bool:
+        if self.whole is None or whole is None:
+            return self.whole is whole
+        ref, version = self.whole
+        return ref() is whole and _version(whole) == version
 
 
 def unchanged_from_now(weights: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], bool]:
@@ -73,6 +83,11 @@ def unchanged_from_now(weights: list[torch.Tensor]) -> Callable[[list[torch.Tens
         return all(stamp.matches(weight) for stamp, weight in zip(stamps, weights, strict=True))
 
     return unchanged
+
+
+def _version(weight: torch.Tensor) -> int | None:
+    """None for a tensor made in inference mode, which counts nothing."""
+    return None if weight.is_inference() else weight._version
 
 
 def _form(weight: torch.Tensor) -> tuple[object, ...]:

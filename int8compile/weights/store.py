@@ -33,8 +33,8 @@ class Entry:
 
     def matches(self, sources: Sequence[FloatWeight]) -> bool:
         """Whether these are the same float weights, unchanged."""
-        for stamp, source in zip(self.stamps, sources, strict=True):  # noqa: SIM110 (all() is slower, each call)
-            if not stamp.matches(source.tensor):
+        for stamp, source in zip(self.stamps, sources, strict=True):  # (all() is slower, each call)
+            if not stamp.matches(source.tensor, source.whole):
                 return False
         return True
 
@@ -132,9 +132,9 @@ class WeightStore:
     def _stamp(self, source: FloatWeight) -> Stamp:
         """One for both orders in which a weight may be read: once it is released, it is so in either."""
         other = self._entries.get(((id(source.tensor), not source.transposed),))
-        if other is not None and other.stamps[0].matches(source.tensor):
+        if other is not None and other.stamps[0].matches(source.tensor, source.whole):
             return other.stamps[0]
-        return Stamp(source.tensor, self._forgetter(id(source.tensor)))
+        return Stamp(source.tensor, self._forgetter(id(source.tensor)), source.whole)
 
     def _make_views(self, key: _Key, entry: Entry, sources: Sequence[FloatWeight]) -> None:
         """Point each source's own entry at its rows of the merged matrix, so that nothing is held twice."""

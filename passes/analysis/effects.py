@@ -13,7 +13,7 @@ known; or ANY, which may be any memory. The memory of
 * a call is the storages of its value. If the value may be a view of an argument (they share a storage), the argument's
   memory is added. If the storages or the function called are not known, the node itself and the memory of all its
   arguments are added.
-* an input is its storage, or ANY if that is not known (a tensor subclass).
+* an input is its storage, of a DTensor that of its shard, or ANY if that is not known (other tensor subclasses).
 
 What a call writes is said, in this order, by
 
@@ -22,7 +22,7 @@ What a call writes is said, in this order, by
 2. for Python functions of torch's own, Python's operators and methods without an operator of their name: the schemas
    of the operators that are called when it runs on fake tensors (``F.embedding(max_norm=)``, ``x[0] = y``, ``x += y``);
 3. for higher-order operators that do no more than call the graphs they are given: those graphs, by the same rules;
-   for the calls that begin and end transforms of ``torch.func``: nothing;
+   for the calls that begin and end transforms of ``torch.func``, or give a DTensor another layout: nothing;
 4. otherwise: it writes everything it is given. A module that is called may write anything.
 
 It relies on truthful schemas (but for ``running_*``, and for names that end in ``_`` whose schema marks nothing), and
@@ -43,7 +43,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from int8compile.graph.dump import meta_value
-from int8compile.passes.analysis.arguments import bind
+from int8compile.passes.analysis.arguments import arguments, bind
+from int8compile.torch_internals.dtensors import changes_layout, local_of, takes_shard
 from int8compile.torch_internals.operators import is_higher_order, overloads_of, run_on_fakes
 from int8compile.torch_internals.tensors import storage_key, wraps_tensors
 
@@ -153,7 +154,7 @@ class Effects:
         if node.op == "call_module":
             return frozenset({ANY})
         given = [n for n in node.all_input_nodes if self._memory[n]]
-        if not given or _transforms(node):
+        if not given or _transforms(node) or changes_layout(node) or _only_looks_up(node):
             return frozenset()
         if is_higher_order(node):
             return frozenset() if _only_calls_pure_graphs(node) else self._all(given)
@@ -223,8 +224,10 @@ def _storages(value: object) -> Memory | None:
 def storage_of(tensor: torch.Tensor) -> int | None:
     """Identity of the storage behind a tensor, equal for views of one tensor; None where it says nothing.
 
-    A subclass that wraps other tensors (DTensor) has a storage of its own, which is not where its values are.
+    A subclass that wraps other tensors has a storage of its own, which is not where its values are. Those of a DTensor
+    are in its shard.
     """
+    tensor = local_of(tensor)
     plain = not wraps_tensors(tensor)
     try:
         return storage_key(tensor) if plain and tensor.layout is torch.strided else None
@@ -248,6 +251,12 @@ def _transforms(node: fx.Node) -> bool:
     """Whether a call wraps or unwraps tensors for a transform of ``torch.func``."""
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and module.startswith(("torch._functorch.", "torch._C._functorch"))
+
+
+def _only_looks_up(node: fx.Node) -> bool:
+    """Whether a call is an embedding's that leaves its table as it is. (With DTensors it cannot be run to be seen.)"""
+    given = arguments(node) if node.target is torch.nn.functional.embedding else {}
+    return "max_norm" in given and given["max_norm"] is None
 
 
 def schema_aliases(overload: torch._ops.OpOverload) -> bool:
@@ -306,7 +315,7 @@ def only_computes(node: fx.Node) -> bool:
     """
     if node.op not in ("call_function", "call_method"):
         return node.op == "get_attr"
-    if node.target is operator.getitem or node.target is getattr:
+    if node.target is operator.getitem or node.target is getattr or takes_shard(node):
         return True
     if is_higher_order(node) or node.is_impure():
         return False

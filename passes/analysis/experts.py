@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.graph.capture import is_constant
+from int8compile.graph.capture import constant_of
 from int8compile.graph.dump import meta_tensor
 from int8compile.ops import grouped_linear
 from int8compile.passes.analysis.arguments import arguments
@@ -146,7 +146,7 @@ def _weight_of(node: fx.Node) -> tuple[fx.Node, bool, Gather | None] | None:
         root, before = resolve_transposes(gather[0], 3)
         swapped ^= before
     value = meta_tensor(root)
-    if not is_constant(root) or value is None or value.dim() != 3 or value.shape[0] < 2:
+    if constant_of(root) is None or value is None or value.dim() != 3 or value.shape[0] < 2:
         return None
     return root, swapped, None if gather is None else gather[1]
 
@@ -191,7 +191,8 @@ def routers(graph: fx.Graph, linears: list[fx.Node]) -> set[fx.Node]:
     for node in graph.nodes:
         experts = match_experts(node)
         weight = arguments(node)["weight"] if node.target is grouped_linear else experts.weight if experts else None
-        value = meta_tensor(weight) if isinstance(weight, fx.Node) else None
+        whole = constant_of(weight) if isinstance(weight, fx.Node) else None  # all experts, of a DTensor's shard too
+        value = meta_tensor(whole) if whole is not None else None
         if value is not None:
             counts.add(int(value.shape[0]))
     found = set()

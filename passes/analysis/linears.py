@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from int8compile.graph.capture import is_constant
+from int8compile.graph.capture import constant_of
 from int8compile.graph.dump import meta_tensor
 
 aten = torch.ops.aten
@@ -26,9 +26,9 @@ _PERMUTE = {torch.permute, aten.permute.default, "permute"}
 class Linear(NamedTuple):
     """What a node computes, found to be x [..., K] times weight [N, K] (or [K, N] if ``transposed``) plus bias [N].
 
-    ``weight`` is a 2-D parameter or buffer (of ``F.linear`` any value; ``quantize`` leaves others in float). A form
-    that reaches it through more than transposes, such as an ``unsqueeze`` or a batch of 1, has to undo that as
-    ``resolve_transposes`` undoes transposes.
+    ``weight`` is a 2-D parameter or buffer, or this process's shard of one (of ``F.linear`` any value; ``quantize``
+    leaves others in float). A form that reaches it through more than transposes, such as an ``unsqueeze`` or a batch of
+    1, has to undo that as ``resolve_transposes`` undoes transposes.
 
     ``beside``: what else it does, such as writing to ``out``, that no canonical node would.
     """
@@ -84,7 +84,7 @@ def _match_linear(node: fx.Node) -> Linear | None:
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     root, transposed = resolve_transposes(weight)
-    if not is_constant(root):
+    if constant_of(root) is None:
         root, transposed = weight, False
     return Linear(x, root, transposed, bias if isinstance(bias, fx.Node) else None, call.beside)
 
@@ -94,7 +94,7 @@ def _match_product(call: _Call, bias: fx.Node | None = None) -> Linear | None:
     if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
         return None
     root, transposed = resolve_transposes(other)
-    if not is_constant(root) or _dims(root) != 2 or _dims(x) == 0:
+    if constant_of(root) is None or _dims(root) != 2 or _dims(x) == 0:
         return None
     return Linear(x, root, not transposed, bias, call.beside)
 
@@ -138,10 +138,10 @@ def _match_einsum(node: fx.Node) -> Linear | None:
     x, weight = operands
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):
         return None
-    if not is_constant(resolve_transposes(weight)[0]):
+    if constant_of(resolve_transposes(weight)[0]) is None:
         (x, x_labels), (weight, w_labels) = (weight, w_labels), (x, x_labels)
     root, transposed = resolve_transposes(weight)
-    if not is_constant(root) or len(w_labels) != 2 or "." in w_labels or len(set(w_labels)) != 2 or not x_labels:
+    if constant_of(root) is None or len(w_labels) != 2 or "." in w_labels or len(set(w_labels)) != 2 or not x_labels:
         return None
     k = x_labels[-1]
     if (

@@ -18,6 +18,7 @@ import torch
 from int8compile.graph.capture import Capture
 from int8compile.graph.dump import meta_tensor
 from int8compile.passes.analysis.effects import Effects, storage_of
+from int8compile.torch_internals.dtensors import local_of
 from int8compile.torch_internals.tensors import storage_key
 
 
@@ -54,6 +55,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    tensor = local_of(tensor)
     start = tensor.data_ptr()
     if tensor.numel() == 0:
         return start, start

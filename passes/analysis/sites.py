@@ -7,7 +7,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from int8compile import selection
-from int8compile.graph.capture import Capture, is_constant, site_path
+from int8compile.graph.capture import Capture, constant_of, is_constant, site_path, stored_tensor
 from int8compile.graph.dump import meta_tensor, meta_value
 from int8compile.ops import grouped_linear, master_linear
 from int8compile.ops import linear as int8_linear
@@ -20,25 +20,34 @@ from int8compile.passes.analysis.linears import match_linear, resolve_transposes
 from int8compile.passes.analysis.slices import rows_of_constant
 from int8compile.passes.context import PassContext
 from int8compile.report import Reason, Site, WeightUse
+from int8compile.torch_internals.dtensors import is_dtensor, local_of
 
 
 def make_site(node: fx.Node, weight: fx.Node, reason: Reason, detail: str = "", *, transposed: bool = False) -> Site:
-    """The site of a linear.
+    """The site of a linear. Of a DTensor's shard it has the sizes of the whole, as in a single process.
 
     Args:
         node: what computes it; the site's dtype is that of its (first) result.
         weight: what it multiplies by, [N, K], or [K, N] if ``transposed``, of experts with E in front: a parameter, or
             any view of one.
     """
-    rows = rows_of_constant(weight)
+    rows, (root, swapped) = rows_of_constant(weight), resolve_transposes(weight)
+    constant = rows.root if rows else constant_of(root)
     value = meta_tensor(weight)
     shape = () if value is None else tuple(value.shape)
+    whole = meta_tensor(constant) if constant is not None and rows is None else None
+    if value is not None and whole is not None and is_dtensor(whole):
+        shard = local_of(value).shape[-2:]
+        detail = ", ".join(
+            filter(None, (detail, "shard " + " x ".join(map(str, shard if transposed else shard[::-1]))))
+        )
+        shape = tuple(whole.shape[::-1] if swapped else whole.shape)
     experts, shape = (int(shape[0]), shape[1:]) if len(shape) == 3 else (None, shape)
     shape = shape[::-1] if transposed else shape
     n, k = shape if len(shape) == 2 else (0, shape[0] if shape else 0)
     results = [leaf for leaf in pytree.tree_leaves(meta_value(node)) if isinstance(leaf, torch.Tensor)]
     dtype = str(results[0].dtype).removeprefix("torch.") if results else "?"
-    path = site_path(node, rows.root if rows else resolve_transposes(weight)[0])
+    path = site_path(node, constant)
     detail = detail or (f"rows {rows.start}:{rows.stop}" if rows else "")
     return Site(path, int(k), int(n), dtype, reason, detail, experts)
 
@@ -90,7 +99,7 @@ def weight_uses(captured: Capture) -> list[WeightUse]:
     forms: dict[fx.Node, dict[bool, int]] = {}
     for lifted in captured.lifted.values():
         for node, transposed in lifted.sources:
-            value = meta_tensor(node)
+            value = stored_tensor(node)
             assert value is not None
             features = value.shape[-2 if transposed else -1]
             forms.setdefault(node, {})[transposed] = value.numel() + 4 * (value.numel() // max(1, features))
@@ -98,6 +107,6 @@ def weight_uses(captured: Capture) -> list[WeightUse]:
     uses = []
     for node, example in captured.examples.items():
         if is_constant(node) and isinstance(example, torch.Tensor):
-            size = example.numel() * example.element_size()
+            size = local_of(example).numel() * example.element_size()
             uses.append(WeightUse(id(example), size, sum(forms.get(node, {}).values()), node in kept))
     return uses

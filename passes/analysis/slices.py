@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from int8compile.graph.capture import is_constant
+from int8compile.graph.capture import constant_of, stored_tensor
 from int8compile.graph.dump import meta_tensor
 from int8compile.passes.analysis.effects import storage_of
 from int8compile.passes.context import PassContext
+from int8compile.torch_internals.dtensors import is_dtensor
 
 aten = torch.ops.aten
 
 
 class Rows(NamedTuple):
-    """Rows [start, stop) of a parameter or buffer [N, K]."""
+    """Rows [start, stop) of a parameter or buffer [N, K], of a DTensor those of this process's shard."""
 
     root: fx.Node
     start: int
@@ -33,12 +34,16 @@ class Rows(NamedTuple):
 def rows_of_constant(node: fx.Node) -> Rows | None:
     """What a view is a view of, if it is whole rows of a constant; by its memory, however it was made."""
     root = node
-    while not is_constant(root):
+    while constant_of(root) is None:
         source = root.args[0] if root.op in ("call_function", "call_method") and root.args else None
         if not isinstance(source, fx.Node):
             return None
         root = source
-    whole, part = meta_tensor(root), meta_tensor(node)
+    constant = constant_of(root)
+    assert constant is not None
+    whole, part = stored_tensor(constant), meta_tensor(node)
+    if part is not None and is_dtensor(part):  # rows of all shards
+        return None
     if root is node or whole is None or part is None or storage_of(whole) is None:
         return None
     if storage_of(whole) != storage_of(part):
@@ -49,4 +54,4 @@ def rows_of_constant(node: fx.Node) -> Rows | None:
         return None
     start, rest = divmod(int(part.storage_offset() - whole.storage_offset()), int(part.shape[1]))
     stop = start + int(part.shape[0])
-    return Rows(root, start, stop) if rest == 0 and start >= 0 and stop <= int(whole.shape[0]) else None
+    return Rows(constant, start, stop) if rest == 0 and start >= 0 and stop <= int(whole.shape[0]) else None
