@@ -131,10 +131,10 @@ def _runner(
     for lifted in captured.lifted.values():
         sources = [(captured.position[node], transposed) for node, transposed in lifted.sources]
         may_release = not any(position in kept for position, _ in sources)
-        inputs.append(LiftedInput(tuple(sources), release if may_release else None))
+        gathered = any(node.meta.get("int8compile_of_fsdp") for node, _ in lifted.sources)
+        inputs.append(LiftedInput(tuple(sources), release if may_release and not gathered else None, gathered))
     watch_optimizers()
-    weights = sorted({at for lifted in inputs for at, _ in lifted.sources})
-    sharded = [at for at, node in enumerate(captured.position) if at in weights and is_dtensor(captured.examples[node])]
+    sharded = [at for node, at in captured.position.items() if is_dtensor(captured.examples[node])]
     fetch = LiftedInputs(STORE, inputs, written_inputs(captured), sharded).fetch
 
     def call(*args: Any) -> Any:

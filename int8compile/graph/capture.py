@@ -22,7 +22,7 @@ from torch import fx
 
 from int8compile.graph.dump import meta_tensor
 from int8compile.torch_internals.dtensors import local_of, takes_shard
-from int8compile.torch_internals.graphs import empty_like, set_source, source_of
+from int8compile.torch_internals.graphs import empty_like, is_of_fsdp, set_source, source_of
 
 
 class FloatInput(NamedTuple):
@@ -147,6 +147,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: Any) -
             source = source_of(theirs)
             set_source(node, source)
             mark_constant(node, source)
+            node.meta["int8compile_of_fsdp"] = is_of_fsdp(source)
     return Capture(ours, example_inputs, fake_mode)
 
 

@@ -24,6 +24,13 @@ def source_of(placeholder: fx.Node) -> Any:
     return getattr(placeholder, "_dynamo_source", None)
 
 
+def is_of_fsdp(source: Any) -> bool:
+    """Whether an input belongs to a module that FSDP manages, which may write its memory anew before each call."""
+    kind = getattr(source, "guard_source", None)
+    kind = kind() if callable(kind) else kind  # a method before torch 2.12
+    return kind is not None and bool(kind.is_fsdp_module())
+
+
 def set_source(placeholder: fx.Node, source: Any) -> None:
     """Say where an input comes from, which AOTAutograd reads of every one of Dynamo's; None for one of our own."""
     placeholder._dynamo_source = source  # type: ignore[attr-defined]

@@ -51,10 +51,7 @@ class Int8Weight(NamedTuple):
     @classmethod
     def quantize(cls, tensor: torch.Tensor, transposed: bool = False) -> Int8Weight:
         """That of a float weight [..., N, K] ([..., K, N] if ``transposed``), held by the caller, not by the store."""
-        source = FloatWeight(tensor, transposed)
-        made = cls.empty([source])
-        made.fill(source)
-        return made
+        return cls.joined([FloatWeight(tensor, transposed)])
 
     @classmethod
     def empty(cls, sources: Sequence[FloatWeight]) -> Int8Weight:
@@ -67,6 +64,15 @@ class Int8Weight(NamedTuple):
                 torch.empty(shape, dtype=torch.int8, device=device),
                 torch.empty(shape[:-1], dtype=torch.float32, device=device),
             )
+
+    @classmethod
+    def joined(cls, sources: Sequence[FloatWeight]) -> Int8Weight:
+        """That of float weights of the same K, one below the other, held by the caller."""
+        made, start = cls.empty(sources), 0
+        for source in sources:
+            made.rows(start, source.rows).fill(source)
+            start += source.rows
+        return made
 
     def rows(self, start: int, count: int) -> Int8Weight:
         """Some of the rows, as views."""

@@ -28,10 +28,13 @@ class LiftedInput(NamedTuple):
     Args:
         sources: position of each float weight, and whether it is stored [K, N].
         release: called with each of them once the int8 form exists, to free its storage.
+        gathered: whether FSDP gathers them, maybe before each call, into memory that looks the same and counts no
+            write. Then they are quantised at each call, and no int8 form is kept.
     """
 
     sources: tuple[tuple[int, bool], ...]
     release: Callable[[torch.Tensor], None] | None = None
+    gathered: bool = False
 
 
 class LiftedInputs:
@@ -52,8 +55,11 @@ class LiftedInputs:
         written: Sequence[int] = (),
         sharded: Sequence[int] = (),
     ) -> None:
-        self._store, self._inputs, self._written, self._sharded = store, inputs, written, sharded
+        self._store, self._written = store, written
+        self._gathered = [(i, lifted) for i, lifted in enumerate(inputs) if lifted.gathered]
+        inputs = self._inputs = [lifted for lifted in inputs if not lifted.gathered]
         self._positions = sorted({position for lifted in inputs for position, _ in lifted.sources})
+        self._sharded = [position for position in self._positions if position in sharded]
         # Weights of which there are several int8 forms: all are made before the first frees the weight.
         taken = [source for lifted in inputs for source, _ in lifted.sources]
         self._several = [
@@ -67,6 +73,16 @@ class LiftedInputs:
 
         None if an argument that the graph writes to lies in a weight's memory: that weight changes in mid-call.
         """
+        inputs = self._fetch(args)
+        for i, lifted in self._gathered if inputs is not None else ():
+            sources = [FloatWeight.of(args[at], transposed) for at, transposed in lifted.sources]
+            if self._written and self._overlap(args, {storage_key(source.tensor) for source in sources}):
+                return None
+            inputs[2 * i : 2 * i] = Int8Weight.joined(sources)  # type: ignore[index]
+        return inputs
+
+    def _fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Of all that FSDP does not gather."""
         weights = self._watched(args)
         last = self._last  # read once: another thread may put a new one
         if last is None or not last[0](weights):

@@ -63,7 +63,7 @@ class Stamp:
 
     def _is_shard_of(self, whole: torch.Tensor | None) -> bool:
         if self.whole is None or whole is None:
-            return self.whole is whole
+            return self.whole is None and whole is None
         ref, version = self.whole
         return ref() is whole and _version(whole) == version
 

@@ -1,4 +1,4 @@
-"""Models under ``DistributedDataParallel``, whose gradient buckets split a graph into parts."""
+"""Models under ``DistributedDataParallel``, whose gradient buckets split a graph into parts, and under FSDP2."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 
+import data_parallel
 import pytest
 import torch
+from processes import run_processes
+
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 SCRIPT = """
 import sys, tempfile
@@ -51,7 +55,7 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize(("which", "parts"), [("inference", 5), ("frozen", 1)])
 def test_every_part_runs_in_int8(which, parts):
     done = subprocess.run(
@@ -63,3 +67,15 @@ def test_every_part_runs_in_int8(which, parts):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == f"5 of 5 linears {parts} 0"
+
+
+@needs_gloo
+def test_fsdp():
+    run_processes(data_parallel.fully_sharded, 2)
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [data_parallel.fully_sharded, data_parallel.replicated])
+def test_four_processes(body):
+    run_processes(body, 4)

@@ -60,7 +60,7 @@ def _run(body: Callable[..., None], rank: int, world: int, folder: str, errors: 
     try:
         distributed.init_process_group(
             "gloo",
-            store=distributed.FileStore(f"{folder}/store", world),
+            store=distributed.FileStore(f"{folder}/store", world),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=60),

@@ -41,7 +41,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         x = x + self.o(self.q(h).sigmoid() * self.k(h) + self.v(h))
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+        out: torch.Tensor = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
 
 
 class Linear(nn.Module):
@@ -52,7 +53,8 @@ class Linear(nn.Module):
         self.fc = nn.Linear(k, n)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
+        out: torch.Tensor = self.fc(x)
+        return out
 
 
 def outlying(*shape: int) -> torch.Tensor:
@@ -144,7 +146,7 @@ def writes_are_seen(rank: int, world: int) -> None:
     row[:: WIDTH // world] = 5
     changes: list[Callable[[], object]] = [
         lambda: split.fc.weight.add_(distribute_tensor(row, mesh, [Shard(0)])),
-        lambda: split.fc.weight.to_local()[:1].mul_(-1),
+        lambda: split.fc.weight.to_local()[:1].mul_(-1),  # type: ignore[operator]
         lambda: split.fc.weight.data.mul_(3),
         step,
         replace,
