@@ -21,6 +21,7 @@ constexpr int64_t kBlockRows = 192;
 constexpr int64_t kMostQueries = 128;
 constexpr int64_t kFewestQueries = 16;
 constexpr int64_t kGrain = 16384;  // scores worth a thread
+constexpr int64_t kFewGrain = 2048;  // of few rows, which read keys and values for a row or two
 
 // Positions in a block.
 int64_t block_size(const Attention& call, int64_t threads) {
@@ -80,7 +81,8 @@ void attend(const AttentionKernels& use, const Attention& call) {
   const Summaries summaries(use, call, size);
   const int64_t scratch = use.scratch_bytes(call, size), count = call.batch * call.kv_heads * blocks;
   const int64_t scores = call.batch * call.heads * call.queries * std::max<int64_t>(call.keys, 1);
-  const int64_t workers = std::clamp<int64_t>(std::min(count, scores / kGrain), 1, threads);
+  const int64_t grain = call.has_few_rows() ? kFewGrain : kGrain;
+  const int64_t workers = std::clamp<int64_t>(std::min(count, scores / grain), 1, threads);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     Scratch<char> memory(scratch);

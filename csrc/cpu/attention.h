@@ -20,6 +20,10 @@ namespace int8compile {
 // Keys that are multiplied at a time: their scores, of a few queries, stay in L1.
 constexpr int64_t kKeyBlock = 64;
 
+// Rows of a group that packing keys and values does not pay for (attention_few.h). A row's result does not depend on the
+// rows beside it, but for a rounding on whether they are few.
+constexpr int64_t kFewRows = 8;
+
 // [batch, head, row, column] as it lies in memory: columns are contiguous, the distances of the rest in elements.
 struct Heads {
   const void* data;
@@ -41,6 +45,10 @@ struct Attention {
 
   int64_t group() const {
     return heads / kv_heads;
+  }
+
+  bool has_few_rows() const {
+    return group() * queries <= kFewRows;
   }
 };
 

@@ -1,6 +1,7 @@
 // Attention of bfloat16 tensors with AVX512's dot products of pairs (vdpbf16ps). See attention_block.h.
 //
-// Weights are rounded to bfloat16, as PyTorch rounds them for its own product; their sum is that of the floats.
+// Weights are rounded to bfloat16, as PyTorch rounds them for its own product; their sum is that of the floats. Few rows,
+// for which nothing is packed, are multiplied as floats.
 
 #include "attention.h"
 #include "target.h"
@@ -15,9 +16,8 @@
 
 INT8COMPILE_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
 
-#include "vec_avx512.h"
+#include "attention_avx512.h"
 #include "attention_block.h"
-#include "transpose.h"
 
 namespace int8compile {
 namespace {
@@ -91,7 +91,7 @@ struct Pairs {
   }
 };
 
-constexpr AttentionKernels kAvx512Bf16 = attention_of<Pairs>("avx512bf16");
+constexpr AttentionKernels kAvx512Bf16 = attention_of<Pairs, Avx512Form>("avx512bf16");
 
 }  // namespace
 

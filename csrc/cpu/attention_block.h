@@ -2,7 +2,7 @@
 //
 // The rows of a block are the queries of one head after those of another. For kKeyBlock keys at a time, keys (their
 // transpose) and values are packed once for all rows; then a few rows at a time are multiplied with the keys, get their
-// weights, and add them times the values to their outputs. A row keeps its largest score so far; where that grows, what
+// weights, and add them times the values to their outputs. (Where there are few rows in all, nothing is packed.) A row keeps its largest score so far; where that grows, what
 // was summed up before is scaled down (Milakov and Gimelshein, 2018; Dao et al., 2022).
 //
 // What a mask hides is left out where that changes nothing: a hidden score's weight is 0, and 0 times its value is 0,
@@ -17,6 +17,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "attention_few.h"
 #include "attention_mask.h"
 #include "attention_product.h"
 #include "softmax.h"
@@ -34,7 +35,7 @@ class Block {
   using Element = typename Form::Element;
   static constexpr int64_t width = Vec::width;
   // Rows whose softmax is taken at a time: enough to work on one while another waits, few enough to stay in L1.
-  static constexpr int kRows = 3 * Form::rows;
+  static constexpr int kRows = (3 * Form::rows >= kFewRows ? 3 : kFewRows / Form::rows) * Form::rows;
 
   explicit Block(const QueryBlock& block) : block_(block), call_(*block.call) {
     lay_out(static_cast<char*>(block.scratch));
@@ -114,6 +115,12 @@ class Block {
       }
       const T* keys = row_of<T>(call_.key, block_.batch, block_.kv_head, key);
       const T* values = row_of<T>(call_.value, block_.batch, block_.kv_head, key);
+      if constexpr (Form::pair == 1) {
+        if (call_.has_few_rows()) {
+          attend_few(keys, values, here, see);
+          continue;
+        }
+      }
       pack_keys(keys, here);
       pack_values(values, here);
       for (int64_t row = 0; row < rows_; row += kRows) {
@@ -297,43 +304,97 @@ class Block {
     return round_up(most, width);
   }
 
-  // Up to kRows rows: their scores, what becomes of their sums so far, their weights, and the values.
-  void attend_rows(int64_t row, int rows, See see) {
-    const float* masks[kRows] = {};
-    int64_t keys[kRows];  // at the first row of each product
-    for (int r = 0; r < rows; r += Form::rows) {
-      const int here = rows - r < Form::rows ? rows - r : Form::rows;
-      keys[r] = visible_keys(row + r, here, see, masks + r);
-      Panels<Form>::product(
-          here, {queries_ + (row + r) * query_stride_, query_stride_, keys_, kKeyBlock * Form::pair, steps_, keys[r],
-                 nullptr, scores_ + r * kKeyBlock, kKeyBlock});
+  // Up to kRows rows on their way through a block of keys.
+  struct Rows {
+    int64_t first;
+    int count;
+    const float* masks[kRows];
+    int64_t keys[kRows];  // that Form::rows of them see, at the first of these
+    alignas(64) float alpha[kRows + width];  // what their sums so far are scaled by
+  };
+
+  Rows rows_from(int64_t first, int count, See see) const {
+    Rows rows = {first, count, {}, {}, {}};
+    for (int r = 0; r < count; r += Form::rows) {
+      rows.keys[r] = visible_keys(first + r, in_product(rows, r), see, rows.masks + r);
     }
-    alignas(64) float most[kRows + width], base[kRows + width], alpha[kRows + width];
-    for (int r = 0; r < rows + width; ++r) {
+    return rows;
+  }
+
+  // Of the rows from r on, those that are multiplied together.
+  static int in_product(const Rows& rows, int r) {
+    return rows.count - r < Form::rows ? rows.count - r : Form::rows;
+  }
+
+  // Scores, what becomes of the sums so far, weights, and the values.
+  void attend_rows(int64_t first, int count, See see) {
+    Rows rows = rows_from(first, count, see);
+    for (int r = 0; r < count; r += Form::rows) {
+      Panels<Form>::product(
+          in_product(rows, r), {queries_ + (first + r) * query_stride_, query_stride_, keys_, kKeyBlock * Form::pair,
+                                steps_, rows.keys[r], nullptr, scores_ + r * kKeyBlock, kKeyBlock});
+    }
+    weigh_rows(rows, see);
+    for (int r = 0; r < count; r += Form::rows) {
+      if (rows.keys[r] > 0) {
+        Panels<Form>::product(
+            in_product(rows, r),
+            {weights_ + r * kKeyBlock, kKeyBlock, values_, value_stride_ * Form::pair, rows.keys[r] / Form::pair,
+             value_stride_, rows.alpha + r, out_ + (first + r) * value_stride_, value_stride_});
+      }
+    }
+  }
+
+  // The same for all rows of the call, with `count` keys and values where they lie.
+  template <class T>
+  void attend_few(const T* keys, const T* values, int64_t count, See see) {
+    static_assert(kFewRows <= kRows, "all at a time");
+    Rows rows = rows_from(0, int(rows_), see);
+    const auto seen = [&](int r) { return rows.keys[r] < count ? rows.keys[r] : count; };
+    for (int r = 0; r < rows.count; r += Form::rows) {
+      float* scores = scores_ + r * kKeyBlock;
+      Few<Vec, T>::scores(
+          in_product(rows, r), {queries_ + r * query_stride_, query_stride_, keys, call_.key.row, seen(r), call_.width,
+                                scores, kKeyBlock});
+      for (int64_t i = 0; i < in_product(rows, r); ++i) {  // hidden by the mask
+        for (int64_t key = seen(r); key < rows.keys[r]; ++key) {
+          scores[i * kKeyBlock + key] = 0;
+        }
+      }
+    }
+    weigh_rows(rows, see);
+    for (int r = 0; r < rows.count; r += Form::rows) {
+      if (rows.keys[r] > 0) {
+        Few<Vec, T>::add_values(
+            in_product(rows, r),
+            {weights_ + r * kKeyBlock, kKeyBlock, values, call_.value.row, seen(r), call_.value_width,
+             out_ + r * value_stride_, value_stride_},
+            rows.alpha + r);
+      }
+    }
+  }
+
+  // Scores to weights; rows.alpha by how much the largest score has grown.
+  void weigh_rows(Rows& rows, See see) {
+    alignas(64) float most[kRows + width], base[kRows + width];
+    for (int r = 0; r < rows.count + width; ++r) {
       most[r] = kMinusInfinity;
     }
-    for (int r = 0; r < rows; ++r) {
-      most[r] = finish_scores(see, scores_ + r * kKeyBlock, masks[r], keys[r / Form::rows * Form::rows]);
+    const auto keys = [&](int r) { return rows.keys[r / Form::rows * Form::rows]; };
+    for (int r = 0; r < rows.count; ++r) {
+      most[r] = finish_scores(see, scores_ + r * kKeyBlock, rows.masks[r], keys(r));
     }
-    for (int r = 0; r < rows; r += width) {  // lanes behind the last row are other rows', and stay as they are
-      const Vec before = Vec::load(largest_ + row + r), now = Vec::larger(Vec::load(most + r), before);
+    for (int r = 0; r < rows.count; r += width) {  // lanes behind the last row are other rows', and stay as they are
+      const Vec before = Vec::load(largest_ + rows.first + r), now = Vec::larger(Vec::load(most + r), before);
       const Vec subtracted = Vec::larger(now, Vec::all(-kLargestFloat));  // from -inf, -inf could not be
-      now.store(largest_ + row + r);
+      now.store(largest_ + rows.first + r);
       subtracted.store(base + r);
-      exp_of(before - subtracted).store(alpha + r);
+      exp_of(before - subtracted).store(rows.alpha + r);
     }
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows.count; ++r) {
       weigh(
-          scores_ + r * kKeyBlock, base[r], alpha[r], keys[r / Form::rows * Form::rows], weights_ + r * kKeyBlock,
-          total_ + (row + r) * width);
-    }
-    for (int r = 0; r < rows; r += Form::rows) {
-      if (keys[r] > 0) {
-        const int here = rows - r < Form::rows ? rows - r : Form::rows;
-        Panels<Form>::product(
-            here, {weights_ + r * kKeyBlock, kKeyBlock, values_, value_stride_ * Form::pair, keys[r] / Form::pair,
-                   value_stride_, alpha + r, out_ + (row + r) * value_stride_, value_stride_});
-      }
+          scores_ + r * kKeyBlock, base[r], rows.alpha[r], keys(r), weights_ + r * kKeyBlock,
+          total_ + (rows.first + r) * width);
     }
   }
 
@@ -412,9 +473,16 @@ class Block {
   }
 };
 
-template <class Form>
+// Calls with few rows are FewForm's.
+template <class Form, class FewForm = Form>
 constexpr AttentionKernels attention_of(const char* name) {
-  return {name, Form::takes, Block<Form>::scratch_bytes, Block<Form>::attend, summarize<typename Form::Vec>};
+  const auto scratch_bytes = [](const Attention& call, int64_t count) {
+    return call.has_few_rows() ? Block<FewForm>::scratch_bytes(call, count) : Block<Form>::scratch_bytes(call, count);
+  };
+  const auto attend = [](const QueryBlock& block) {
+    return block.call->has_few_rows() ? Block<FewForm>::attend(block) : Block<Form>::attend(block);
+  };
+  return {name, Form::takes, scratch_bytes, attend, summarize<typename Form::Vec>};
 }
 
 }  // namespace

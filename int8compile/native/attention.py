@@ -11,19 +11,19 @@ import torch
 
 #: kernels -> kind of call -> dtypes in which no shape of the study was slower than PyTorch's attention
 FASTER: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    # An Emerald Rapids, one thread. masked: 1.1 to 5 times as fast; whole: 1.2 to 1.9, and in float32 0.6 to 1.3; one
-    # query: float16 1.7 to 3.9, float32 0.8 to 1.4 and bfloat16 0.5 to 1.1.
+    # An Emerald Rapids. masked: 1.1 to 5 times as fast; whole: 1.2 to 1.9, and in float32 0.6 to 1.3; one query, on one
+    # thread and on two: 1.3 to 4.8, but for bfloat16 without groups on one thread, which is as fast (1.0).
     "avx512": {
         "masked": (torch.float32, torch.bfloat16, torch.float16),
         "whole": (torch.bfloat16, torch.float16),
-        "one query": (torch.float16,),
+        "one query": (torch.float32, torch.bfloat16, torch.float16),
     },
-    # The same CPU with both sides held to AVX2. masked: 1.0 to 3.1; whole: 1.0 to 1.2; one query: bfloat16 2.8 to 7.3,
-    # float16 1.2 to 2.7 and float32 0.8 to 1.0.
+    # The same CPU with both sides held to AVX2. masked: 1.0 to 3.1; whole: 1.0 to 1.2; one query: bfloat16 6 to 12,
+    # float16 3.0 to 4.8 and float32 1.1 to 1.8.
     "avx2": {
         "masked": (torch.float32, torch.bfloat16, torch.float16),
         "whole": (),
-        "one query": (torch.bfloat16, torch.float16),
+        "one query": (torch.float32, torch.bfloat16, torch.float16),
     },
 }
 

@@ -74,6 +74,8 @@ SLOW = [
     Mistake("plan.cpp", "sizes.rows >= 5 && sizes.k >= 64", "sizes.rows >= 5", "plan", "kernels amx", "amx takes amx"),
     Mistake("transpose.h", "0x0f00", "0x00f0", "amx", "kernels amx", "wrong: multiply"),
     Mistake("transpose.h", "if (row < rows)", "if (true)", "amx", "kernels amx", "heap-buffer-overflow"),
+    Mistake("attention_few.h", "key + i < o.keys ?", "true ?", "attention_avx512", "attention avx512", "overflow"),
+    Mistake("attention_few.h", "* Vec::all(alpha[r])", "", "attention_avx512", "attention avx512", "wrong: attention"),
     Mistake("transpose_avx2.h", "piece(4 + j, at), 1)", "piece(j, at), 1)", "avxvnni", "kernels avxvnni", "wrong: mul"),
     Mistake("panel.h", "at == 0 ? start : nullptr", "start", "avxvnni", "kernels avxvnni", "wrong: multiply"),
     Mistake("panel.h", "k - at < depth ?", "true ?", "avx512vnni", "kernels avx512vnni", "AddressSanitizer"),
