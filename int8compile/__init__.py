@@ -17,6 +17,9 @@ from int8compile import hooks
 
 if TYPE_CHECKING:
     from int8compile.backend import int8
+    from int8compile.calibrating.calibrate import calibrate
+    from int8compile.calibrating.compare import compare
+    from int8compile.calibration import Calibration
     from int8compile.config import Int8Config
     from int8compile.explanation import explain
     from int8compile.graph.dump import dump
@@ -40,6 +43,7 @@ if not (_checkout / "int8compile" / "passes").exists() and (_checkout / "pyproje
     __path__.append(str(_checkout))
 
 _HOME = {
+    "Calibration": "calibration",
     "Int8Config": "config",
     "Int8Experts": "modules.int8_experts",
     "Int8Linear": "modules.int8_linear",
@@ -47,6 +51,8 @@ _HOME = {
     "Reason": "report",
     "Report": "report",
     "Site": "report",
+    "calibrate": "calibrating.calibrate",
+    "compare": "calibrating.compare",
     "dequantize_": "modules.inplace",
     "dump": "graph.dump",
     "explain": "explanation",
@@ -64,6 +70,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Calibration",
     "Int8Config",
     "Int8Experts",
     "Int8Linear",
@@ -71,6 +78,8 @@ __all__ = [
     "Reason",
     "Report",
     "Site",
+    "calibrate",
+    "compare",
     "dequantize_",
     "dump",
     "explain",
@@ -87,6 +96,7 @@ __all__ = [
     "tune",
 ]
 
+hooks.register("calibration", lambda: importlib.import_module("int8compile.calibration"))
 hooks.register("transformers", lambda: importlib.import_module("int8compile.integrations.transformers"))
 
 

@@ -106,13 +106,14 @@ def rewrite_capture(
         sites=sites,
         weights=weight_uses(captured),
         unmatched=unmatched(config, sites),
+        calibration=config.calibration.name if config.calibration is not None else None,
         pass_counts=counts,
     )
 
 
 def _compile_inputs(captured: Capture) -> list[Any]:
     """Dynamo's own example inputs, as far as they are left, and those of the lifted weights."""
-    lifted = [meta_tensor(node) for pair in captured.lifted.values() for node in (pair.weight, pair.weight_scale)]
+    lifted = [meta_tensor(node) for weight in captured.lifted.values() for node in weight.inputs]
     return [captured.examples[n] for n in captured.kept] + dynamo.static_inputs([t for t in lifted if t is not None])
 
 
@@ -132,7 +133,8 @@ def _runner(
         sources = [(captured.position[node], transposed) for node, transposed in lifted.sources]
         may_release = not any(position in kept for position, _ in sources)
         gathered = any(node.meta.get("int8compile_of_fsdp") for node, _ in lifted.sources)
-        inputs.append(LiftedInput(tuple(sources), release if may_release and not gathered else None, gathered))
+        free = release if may_release and not gathered else None
+        inputs.append(LiftedInput(tuple(sources), free, gathered, lifted.columns))
     watch_optimizers()
     sharded = [at for node, at in captured.position.items() if is_dtensor(captured.examples[node])]
     fetch = LiftedInputs(STORE, inputs, written_inputs(captured), sharded).fetch

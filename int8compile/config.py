@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from int8compile.errors import OptionNameError, OptionValueError
-from int8compile.hooks import transformers_integration
+from int8compile.hooks import calibration, transformers_integration
 from int8compile.limits import SMALLEST_THRESHOLD
 
 #: the passes in the order they run; ``passes/__init__.py`` makes its PIPELINE of them
@@ -24,9 +24,11 @@ PASS_NAMES = (
 )  # fmt: skip
 KERNELS = ("auto", "native", "reference")
 ATTENTION = ("auto", "native", "torch")
-OUTLIER_POLICIES = ("column", "element")
+OUTLIER_POLICIES = ("column", "element", "none")
 #: the outlier policy of a linear whose weight alone is int8: every column is one
 WEIGHTS_ONLY = "all"
+#: that of a linear whose outlier columns a calibration names
+CALIBRATED = "calibrated"
 ACTIVATIONS = ("int8", "float")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -53,7 +55,11 @@ class Int8Config:
             in every linear: fewer bytes to read, the closest results, and no faster arithmetic for many rows.
         outlier_policy: ``"column"`` is the paper's rule, in which an outlier marks its feature for every row
             of the batch. ``"element"`` takes the outlier elements alone out of the int8 product, so that a row's
-            result does not depend on the rows beside it (up to the order of fp32 summation).
+            result does not depend on the rows beside it (up to the order of fp32 summation). ``"none"`` quantises
+            everything, as threshold 0 does.
+        calibration: what ``int8compile.calibrate`` made, or the path of its file: which columns of each linear have
+            16-bit codes, whatever is in them, and which linears stay in float. Nothing is looked for at run time, and a
+            row's result has the same bits in any batch. A linear that it does not know keeps ``outlier_policy``.
         min_features: a linear with fewer input or output features stays in float. 0: nothing is too small.
             The default is where int8 stops paying; ``benchmarks/studies/min_features.py`` prints the figures.
         skip_output_embeddings: leave ``lm_head`` / ``embed_out`` and weights shared with an embedding in float.
@@ -80,6 +86,7 @@ class Int8Config:
     llm_int8_enable_fp32_cpu_offload: bool = False
     activation: str = "int8"
     outlier_policy: str = "column"
+    calibration: Any = None
     min_features: int = 128
     skip_output_embeddings: bool = True
     release_weights: bool = False
@@ -109,8 +116,16 @@ class Int8Config:
             raise OptionValueError("min_features", self.min_features, "an integer >= 0")
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.outlier_policy == WEIGHTS_ONLY:
-            expected = "'column' or 'element'; activation='float' is what leaves all activations as they are"
+            expected = "'column', 'element' or 'none'; activation='float' is what leaves all activations as they are"
             raise OptionValueError("outlier_policy", WEIGHTS_ONLY, expected)
+        if self.outlier_policy == CALIBRATED:
+            expected = "'column', 'element' or 'none'; calibration=... is what names the columns of each linear"
+            raise OptionValueError("outlier_policy", CALIBRATED, expected)
+        if self.calibration is not None:
+            put("calibration", calibration().Calibration.make(self.calibration))
+        if self.calibration is not None and self.llm_int8_has_fp16_weight:
+            expected = "None, as llm_int8_has_fp16_weight=True looks for outliers at each call"
+            raise OptionValueError("calibration", self.calibration, expected)
         _one_of("outlier_policy", self.outlier_policy, OUTLIER_POLICIES)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("attention", self.attention, ATTENTION)
@@ -165,8 +180,9 @@ class Int8Config:
         return "int8compile"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; transformers writes them down on its way to a model."""
-        return dataclasses.asdict(self)
+        """The fields by name, as JSON has them; transformers writes them down on its way to a model."""
+        made = dataclasses.asdict(self)
+        return made if self.calibration is None else {**made, "calibration": self.calibration.to_dict()}
 
     def fingerprint(self) -> str:
         """Stable text of our own options; part of the compile caches' key, where inductor's own are already."""

@@ -63,6 +63,10 @@ class CheckpointError(Int8CompileError, ValueError):
         super().__init__(f"{where}{key} {problem}; expected {expected}.")
 
 
+class CalibrationError(Int8CompileError, ValueError):
+    """A calibration that is damaged or of another model, or batches that none can be made of."""
+
+
 class ExportError(Int8CompileError, TypeError):
     """``export`` or ``package`` was given something that it cannot take."""
 

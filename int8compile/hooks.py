@@ -16,6 +16,11 @@ def register(name: str, load: Callable[[], Any]) -> None:
     _loaders[name] = load
 
 
+def calibration() -> Any:
+    """``int8compile.calibration``, for configurations, which name one."""
+    return _loaders["calibration"]()
+
+
 def transformers_integration() -> Any:
     """``int8compile.integrations.transformers``, which registers the quantisation method ``"int8compile"``.
 

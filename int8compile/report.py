@@ -15,6 +15,9 @@ import rich.box
 import rich.console
 import rich.table
 
+NOT_CALIBRATED = "not in the calibration"
+#: what a table says of int8 linears, of their details
+_NOTES = ("weights only", "calibrated", NOT_CALIBRATED)
 UNMATCHED = "llm_int8_skip_modules and llm_int8_weight_only_modules that name no linear"
 
 
@@ -28,6 +31,7 @@ class Reason(enum.Enum):
         "output embedding, or tied to an embedding; skip_output_embeddings=False takes it too, and "
         "llm_int8_weight_only_modules=['lm_head'] its weights alone"
     )
+    CALIBRATED = "left in float by the calibration, as one of those that int8 changes most (max_float_weights)"
     TOO_SMALL = "fewer features than min_features, where int8 does not pay"
     DTYPE = "not float32, float16 or bfloat16"
     TRAINABLE = "its weight needs a gradient; call under torch.no_grad(), or requires_grad_(False) on it"
@@ -111,6 +115,7 @@ class GraphReport:
     """One compiled graph; with no ``compile_id``, a whole model that was converted in place.
 
     ``unmatched``: entries of ``llm_int8_skip_modules`` and ``llm_int8_weight_only_modules`` that name no linear in it.
+    ``calibration``: what the one in use is called.
     """
 
     compile_id: str
@@ -120,6 +125,7 @@ class GraphReport:
     graph_break: GraphBreak | None = None
     unmatched: tuple[str, ...] = ()
     pass_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    calibration: str | None = None
 
     @property
     def frame(self) -> str:
@@ -170,6 +176,16 @@ class Report:
         """Entries of the options' lists of modules that name no linear in any graph: a typo, most likely."""
         graphs = [set(graph.unmatched) for graph in self.graphs]
         return sorted(set.intersection(*graphs)) if graphs else []
+
+    @property
+    def calibrations(self) -> list[str]:
+        """The calibrations in use, by name: none, or one."""
+        return sorted({graph.calibration for graph in self.graphs if graph.calibration is not None})
+
+    @property
+    def uncalibrated(self) -> int:
+        """Int8 linears that the calibration in use does not know, which look for outliers at each call."""
+        return sum(site.rewritten and NOT_CALIBRATED in site.detail for site in self.sites)
 
     @property
     def providers(self) -> list[str]:
@@ -224,6 +240,8 @@ class Report:
             "providers": self.providers,
             "attentions": self.attentions,
             "unmatched": self.unmatched,
+            "calibrations": self.calibrations,
+            "uncalibrated": self.uncalibrated,
         }
 
     def to_json(self) -> str:
@@ -246,6 +264,9 @@ class Report:
         before, after = self.weight_bytes_before, self.weight_bytes_after
         if before:
             yield f"weights read: {_mib(before)} before, {_mib(after)} after ({after / before:.2f}x)"
+        for name in self.calibrations:
+            unknown = f"; {self.uncalibrated} linears are not in it, and look for outliers" if self.uncalibrated else ""
+            yield f"{name}{unknown}"
         if self.unmatched:
             yield f"{UNMATCHED}: {', '.join(self.unmatched)}"
         for reason in {site.reason: None for site in self.sites if not site.rewritten}:
@@ -264,7 +285,11 @@ _Rows = Counter[Site]
 def folded(sites: list[Site]) -> _Rows:
     """Like sites of repeated layers as one row: ``layers.0.fc``, ``layers.1.fc`` -> ``layers.*.fc``, with a count."""
     paths = [re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", site.path) for site in sites]
-    return Counter(dataclasses.replace(site, path=path) for site, path in zip(sites, paths, strict=True))
+    details = [re.sub(r"\d+ calibrated columns?", "calibrated", site.detail) for site in sites]
+    return Counter(
+        dataclasses.replace(site, path=path, detail=detail)
+        for site, path, detail in zip(sites, paths, details, strict=True)
+    )
 
 
 def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.RenderableType]:
@@ -298,7 +323,7 @@ def _table(rows: _Rows, width: int, dots: str) -> Iterator[rich.console.Renderab
 
 def _outcome(site: Site) -> str:
     if site.rewritten:
-        return "int8, weights only" if "weights only" in site.detail else "int8"
+        return ", ".join(["int8", *(n for n in site.detail.split(", ") if n in _NOTES)])
     return f"float: {site.reason.name} {site.detail}".rstrip()
 
 

@@ -7,13 +7,14 @@ of the two can know (a weight changed inside a graph, a module with a forward of
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from int8compile.config import WEIGHTS_ONLY, Int8Config
+from int8compile.config import CALIBRATED, WEIGHTS_ONLY, Int8Config
 from int8compile.limits import FLOAT_DTYPES, MAX_IN_FEATURES
-from int8compile.report import Reason, Site
+from int8compile.report import NOT_CALIBRATED, Reason, Site
 
 #: names of output embeddings in transformers' models; weights tied to an embedding are found by sharing
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
@@ -65,10 +66,57 @@ def weight_only_by(path: str, config: Int8Config) -> str | None:
 
 
 def outliers(config: Int8Config, *paths: str) -> tuple[float, str]:
-    """The threshold and the outlier policy of ``int8compile.linear`` for a module, which may stand at several paths."""
+    """The threshold and the outlier policy of a product that no calibration knows, which may stand at several paths."""
     if config.activation == "float" or any(weight_only_by(path, config) is not None for path in paths):
         return 0.0, WEIGHTS_ONLY
-    return config.llm_int8_threshold, config.outlier_policy
+    return (0.0 if config.outlier_policy == "none" else config.llm_int8_threshold), config.outlier_policy
+
+
+class Treatment(NamedTuple):
+    """What ``int8compile.linear`` is told of outliers: the threshold, the policy, and the columns of "calibrated".
+
+    ``note``: what a report says of it.
+    """
+
+    threshold: float
+    outlier_policy: str
+    columns: tuple[int, ...] = ()
+    note: str = ""
+
+    def noted(self, config: Int8Config) -> Treatment:
+        """With the note of a linear that is not in the calibration, if there is one."""
+        unknown = config.calibration is not None and self.outlier_policy != WEIGHTS_ONLY
+        return self._replace(note=NOT_CALIBRATED if unknown else detail(self.outlier_policy))
+
+
+def treatment(config: Int8Config, in_features: int, out_features: int, paths: Iterable[str]) -> Treatment:
+    """That of a linear, which may stand at several paths.
+
+    Raises:
+        CalibrationError: the calibration has a linear of another shape at one of the paths.
+    """
+    paths = tuple(paths)
+    found = Treatment(*outliers(config, *paths)).noted(config)
+    if config.calibration is None or found.outlier_policy == WEIGHTS_ONLY:
+        return found
+    site = config.calibration.site(in_features, out_features, paths)
+    if site is None:
+        return found
+    policy = CALIBRATED if site.columns else "none"
+    return Treatment(0.0, policy, site.columns, calibrated_columns(len(site.columns)))
+
+
+def calibrated_columns(count: int) -> str:
+    """What a report says of a linear with so many."""
+    return f"{count} calibrated column{'s' * (count != 1)}"
+
+
+def calibration_refusal(
+    config: Int8Config, in_features: int, out_features: int, paths: Iterable[str]
+) -> tuple[Reason, str] | None:
+    """Why the calibration leaves a linear in float, or None."""
+    site = config.calibration.site(in_features, out_features, paths) if config.calibration is not None else None
+    return (Reason.CALIBRATED, "") if site is not None and site.in_float else None
 
 
 def detail(outlier_policy: str, *others: str) -> str:

@@ -53,13 +53,13 @@ def _merge(context: PassContext, run: list[fx.Node], lifted_of: dict[fx.Node, Li
     first, call = run[0], LinearCall.of(run[0])
     values = [value for node in run if (value := meta_tensor(node)) is not None]
     sizes = [int(value.shape[-1]) for value in values]
-    lifted = context.capture.lift(tuple(s for node in run for s in lifted_of[LinearCall.of(node).weight].sources))
-    joined = call._replace(
-        weight=lifted.weight, weight_scale=lifted.weight_scale, bias=_joined_bias(context, run, sizes)
-    )
+    sources = tuple(s for node in run for s in lifted_of[LinearCall.of(node).weight].sources)
+    lifted = context.capture.lift(sources, lifted_of[call.weight].columns)
+    names = ("weight", "weight_scale", "columns", "column_weight")
+    joined = call._replace(bias=_joined_bias(context, run, sizes), **dict(zip(names, lifted.inputs, strict=False)))
     with context.capture.fake_mode:
         whole = values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
-    product = context.call(first, linear, tuple(joined), like=first, value=whole)
+    product = context.call(first, linear, joined.args(), like=first, value=whole)
     start, parts = 0, []
     for node, value, size in zip(run, values, sizes, strict=True):
         part = context.call(first, aten.narrow.default, (product, -1, start, size), like=node)

@@ -61,26 +61,26 @@ def quantize(graph: fx.Graph, context: PassContext) -> int:
             trained = (x, weight, bias, config.llm_int8_threshold, config.outlier_policy)
             context.replace(node, context.call(node, master_linear, trained, like=node, value=meta_value(node)))
             continue
-        weight, weight_scale = _lifted(weight, node, context)
-        outliers = selection.outliers(config, site.path)
+        treated = facts.treatment(node, site)
+        weight, weight_scale, *columns = _lifted(weight, treated.columns, node, context)
+        outliers = treated.threshold, treated.outlier_policy
         shards = facts.shards(node, site.path)
         if shards is None:
-            args = (x, weight, weight_scale, bias, *outliers)
+            args = (x, weight, weight_scale, bias, *outliers, *columns)
             context.replace(node, context.call(node, int8_linear, args, like=node, value=meta_value(node)))
         else:
             replace_by_shards(node, shards, (weight, weight_scale), outliers, context)
     return changes
 
 
-def _lifted(weight: fx.Node, before: fx.Node, context: PassContext) -> tuple[fx.Node, fx.Node]:
-    """The int8 form of a weight and its scales."""
+def _lifted(weight: fx.Node, columns: tuple[int, ...], before: fx.Node, context: PassContext) -> tuple[fx.Node, ...]:
+    """The int8 form of a weight and its scales, and the columns and what is in them, if there are any."""
     rows = rows_of_constant(weight)
     if rows is None:
         root, transposed = resolve_transposes(weight)
         constant = constant_of(root)
         assert constant is not None
-        lifted = context.capture.lift((FloatInput(constant, transposed),))
-        return lifted.weight, lifted.weight_scale
+        return context.capture.lift((FloatInput(constant, transposed),), columns).inputs
     lifted = context.capture.lift((FloatInput(rows.root, transposed=False),))
     return rows.of(lifted.weight, before, context), rows.of(lifted.weight_scale, before, context)
 
@@ -110,8 +110,31 @@ class Facts:
         site = make_site(node, weight, Reason.REWRITTEN)
         reason, detail = self._reason(node, x, weight, root, site, self._form_refusal(node, root))
         if reason is Reason.REWRITTEN:
-            detail = selection.detail(selection.outliers(self.config, site.path)[1], site.detail)
+            detail = ", ".join(filter(None, (site.detail, self.treatment(node, site).note)))
         return dataclasses.replace(site, reason=reason, detail=detail or site.detail)
+
+    def treatment(self, node: fx.Node, site: Site) -> selection.Treatment:
+        """What becomes of its outliers."""
+        config = self.config
+        if not self._may_be_calibrated(node, site):
+            return selection.Treatment(*selection.outliers(config, site.path)).noted(config)
+        return selection.treatment(config, site.in_features, site.out_features, self._paths(node, site))
+
+    def _may_be_calibrated(self, node: fx.Node, site: Site) -> bool:
+        """Whether a calibration can know it: no experts, no rows of a parameter, no shard of a linear."""
+        return (
+            site.experts is None
+            and node.target is LINEAR
+            and rows_of_constant(node.args[1]) is None
+            and self.shards(node, site.path) is None
+        )
+
+    @staticmethod
+    def _paths(node: fx.Node, site: Site) -> list[str]:
+        """The names a linear goes by: where it stands, and, where weights are tied, where its weight does."""
+        root = resolve_transposes(node.args[1])[0] if isinstance(node.args[1], fx.Node) else None
+        name = str(root.meta.get("int8compile_constant", "")) if root is not None else ""
+        return [path for path in dict.fromkeys((site.path, name.removesuffix(".weight"))) if path]
 
     def decide_experts(self, node: fx.Node, experts: Experts) -> Site:
         """The same of a product with experts' weights."""
@@ -119,7 +142,7 @@ class Facts:
         form = self._experts_refusal(node, experts)
         reason, detail = self._reason(node, experts.x, experts.weight, experts.weight, site, form)
         if reason is Reason.REWRITTEN:
-            detail = selection.detail(selection.outliers(self.config, site.path)[1])
+            detail = self.treatment(node, site).note
         return dataclasses.replace(site, reason=reason, detail=detail)
 
     def _reason(
@@ -154,6 +177,7 @@ class Facts:
             or ((Reason.MUTATED, "") if self.effects.ever_written(root) else None)
             or form
             or selection.size_refusal(site.in_features, site.out_features, self.config)
+            or self._calibration_refusal(node, site)
             or ((Reason.TRAINABLE, "") if trainable else None)
             or ((Reason.SHARDED, shards.refusal) if shards is not None and shards.refusal else None)
             or ((Reason.SHARDED, "gradients") if shards is not None and self._needs_gradients(node) else None)
@@ -170,6 +194,11 @@ class Facts:
     def _needs_gradients(self, node: fx.Node) -> bool:
         operands = [meta_tensor(n) for n in node.all_input_nodes]
         return self.regions[node][1] and any(value is not None and value.requires_grad for value in operands)
+
+    def _calibration_refusal(self, node: fx.Node, site: Site) -> tuple[Reason, str] | None:
+        if not self._may_be_calibrated(node, site):
+            return None
+        return selection.calibration_refusal(self.config, site.in_features, site.out_features, self._paths(node, site))
 
     def _form_refusal(self, node: fx.Node, root: fx.Node) -> tuple[Reason, str] | None:
         """Why this call of a linear cannot be one of our operator, whatever its weight is."""

@@ -51,6 +51,10 @@ def _check_call(graph: fx.Graph, context: PassContext, node: fx.Node) -> None:
     # A call of the user's own reads neither half of a lifted pair.
     if pairs.get(weight, weight_scale) is not weight_scale or (weight not in pairs and weight_scale in pairs.values()):
         _fail(graph, f"{node.name} reads a weight and scale that are not a lifted pair")
+    columns = {lifted.weight: lifted.column_inputs for lifted in context.capture.lifted.values()}
+    read = tuple(n for n in (given.get("columns"), given.get("column_weight")) if n is not None)
+    if columns.get(weight, read) != read:
+        _fail(graph, f"{node.name} reads a weight with columns that are not its own")
     out = meta_tensor(node)
     if out is None or out.dtype not in FLOAT_DTYPES:
         _fail(graph, f"{node.name} is {None if out is None else out.dtype}, which no int8 product gives")
@@ -68,7 +72,7 @@ def _tensors(value: object) -> tuple[torch.Tensor, ...]:
 def _check_inputs(graph: fx.Graph, context: PassContext) -> None:
     placeholders = set(graph.find_nodes(op="placeholder"))
     for lifted in context.capture.lifted.values():
-        if not lifted.weight.users or not lifted.weight_scale.users:
+        if not all(node.users for node in lifted.inputs):
             _fail(graph, f"lifted input {lifted.weight.name} is not read")
         for node, _ in lifted.sources:
             if node in placeholders and not node.users and is_constant(node):

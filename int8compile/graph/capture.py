@@ -43,11 +43,20 @@ class LiftedWeight:
         sources: the float weights, in the order of their rows.
         weight, weight_scale: placeholders of int8 [sum of N, K] and fp32 [sum of N]; of experts, which are a single
             source, [E, N, K] and [E, N].
+        columns: features whose codes have 16 bits (policy "calibrated").
+        column_inputs: placeholders of the columns, int32 [C], and of the int8 weight in them, [sum of N, C].
     """
 
     sources: tuple[FloatInput, ...]
     weight: fx.Node
     weight_scale: fx.Node
+    columns: tuple[int, ...] = ()
+    column_inputs: tuple[fx.Node, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """All its placeholders, in their order among the graph's."""
+        return (self.weight, self.weight_scale, *self.column_inputs)
 
 
 class Capture:
@@ -69,16 +78,16 @@ class Capture:
         self.position = {node: i for i, node in enumerate(placeholders)}
         #: storages of the inputs' fakes, one read and one written to, that passes took to be two
         self.apart: set[tuple[Any, Any]] = set()
-        self.lifted: dict[tuple[FloatInput, ...], LiftedWeight] = {}
+        self.lifted: dict[tuple[tuple[FloatInput, ...], tuple[int, ...]], LiftedWeight] = {}
 
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
-    def lift(self, sources: tuple[FloatInput, ...]) -> LiftedWeight:
-        """The lifted int8 form of these float weights, made on first request."""
-        if sources in self.lifted:
-            return self.lifted[sources]
+    def lift(self, sources: tuple[FloatInput, ...], columns: tuple[int, ...] = ()) -> LiftedWeight:
+        """The lifted int8 form of these float weights, with the weight in some columns, made on first request."""
+        if (sources, columns) in self.lifted:
+            return self.lifted[sources, columns]
         shapes = [_int8_shape(source) for source in sources]
         shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
         first = stored_tensor(sources[0].placeholder)
@@ -88,20 +97,32 @@ class Capture:
             codes = torch.empty(shape, dtype=torch.int8, device=first.device)
             weight_scale = torch.empty(shape[:-1], dtype=torch.float32, device=first.device)
         name = sources[0].placeholder.name
-        self.lifted[sources] = lifted = LiftedWeight(
+        lifted = LiftedWeight(
             sources,
             self._new_input(f"{name}_int8", f'int8 "{paths}"', codes),
             self._new_input(f"{name}_scale", f'scale "{paths}"', weight_scale),
+            columns,
         )
+        if columns:
+            with self.fake_mode:
+                numbers = torch.empty(len(columns), dtype=torch.int32, device=first.device)
+                in_columns = torch.empty((shape[0], len(columns)), dtype=torch.int8, device=first.device)
+            of = f'columns of "{paths}"'
+            inputs = (
+                self._new_input(f"{name}_columns", of, numbers),
+                self._new_input(f"{name}_columns_int8", f"int8 {of}", in_columns),
+            )
+            lifted = dataclasses.replace(lifted, column_inputs=inputs)
+        self.lifted[sources, columns] = lifted
         return lifted
 
     def drop_unused_inputs(self) -> None:
         """Remove float weights nothing reads any more, and lifted inputs a later pass replaced."""
-        for lifted in list(self.lifted.values()):
-            if not lifted.weight.users and not lifted.weight_scale.users:
-                self.graph.erase_node(lifted.weight)
-                self.graph.erase_node(lifted.weight_scale)
-                del self.lifted[lifted.sources]
+        for key, lifted in list(self.lifted.items()):
+            if not any(node.users for node in lifted.inputs):
+                for node in lifted.inputs:
+                    self.graph.erase_node(node)
+                del self.lifted[key]
         in_int8 = {source.placeholder for lifted in self.lifted.values() for source in lifted.sources}
         for node in list(self.graph.find_nodes(op="placeholder")):
             if node in in_int8 and not node.users:

@@ -202,14 +202,15 @@ class _Facts:
         assert isinstance(weight, torch.Tensor)
         n, k = matrix_shape(module)
         if isinstance(module, Int8Linear):
-            detail = selection.detail(module.outlier_policy)
+            columns = selection.calibrated_columns(len(module._columns)) if module._columns else ""
+            detail = selection.detail(module.outlier_policy, columns)
             reason, dtype = Reason.PREQUANTIZED, module.float_dtype
         elif isinstance(module, Int8MasterLinear) and self.config.llm_int8_has_fp16_weight:
             reason, detail, dtype = Reason.PREQUANTIZED, "16-bit weight", weight.dtype
         else:
             (reason, detail), dtype = self._reason(module, weight, paths, k, n), weight.dtype
             if reason is Reason.REWRITTEN:
-                detail = selection.detail(selection.outliers(self.config, *paths)[1])
+                detail = selection.treatment(self.config, k, n, paths).note
         return Site(paths[0], k, n, str(dtype).removeprefix("torch."), reason, detail)
 
     def _reason(
@@ -227,6 +228,7 @@ class _Facts:
             or next(by_caller, None)
             or next(filter(None, by_name), None)
             or selection.size_refusal(k, n, self.config)
+            or selection.calibration_refusal(self.config, k, n, paths)
             or ((Reason.CUSTOM, "offloaded by accelerate") if is_offloaded(module) else None)
             or (Reason.REWRITTEN, "")
         )
@@ -309,4 +311,5 @@ def _use(found: Found, config: Int8Config) -> WeightUse:
 def _graph_report(linears: list[Found], experts: list[FoundExperts], provider: str, config: Int8Config) -> GraphReport:
     sites = [f.site for f in linears] + [site for f in experts for site in f.sites.values()]
     uses = [_use(f, config) for f in linears] + [use for f in experts for use in f.uses()]
-    return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites))
+    name = config.calibration.name if config.calibration is not None else None
+    return GraphReport("", provider, sites, uses, unmatched=selection.unmatched(config, sites), calibration=name)

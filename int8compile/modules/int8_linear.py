@@ -8,17 +8,18 @@ quantised activation.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from int8compile.config import OUTLIER_POLICIES, WEIGHTS_ONLY, Int8Config
+from int8compile.config import CALIBRATED, OUTLIER_POLICIES, WEIGHTS_ONLY, Int8Config
 from int8compile.errors import OptionValueError
 from int8compile.native import providers
 from int8compile.ops import linear, master_linear
-from int8compile.selection import outliers
+from int8compile.selection import treatment
 from int8compile.weights.formats import SERIALIZED, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
 
@@ -34,6 +35,8 @@ class Int8Linear(nn.Module):
         threshold: magnitude from which an activation's features are multiplied in its own dtype; 0: none are.
         outlier_policy: ``"column"`` (the paper's rule) or ``"element"``; see ``Int8Config``. With ``"all"`` the
             activation is not quantised, and ``threshold`` is of no account.
+        columns: features whose codes have 16 bits, in ascending order, whatever is in them; then the policy is
+            ``"calibrated"``, and neither the other one nor ``threshold`` is of any account.
         kernels: ``"auto"``, ``"native"`` or ``"reference"``; see ``Int8Config``. Native kernels are loaded (and built)
             at the first call.
         dtype: of the bias, and what ``dequantize()`` gives unless told otherwise. Activations bring their own.
@@ -45,10 +48,13 @@ class Int8Linear(nn.Module):
         bias: Parameter [N], or None.
         float_dtype: dtype of the float weight it stands for.
         stored_transposed: whether it stands for a ``Conv1D``, whose float weight is [K, N].
+        columns, column_weight: buffers, int32 [C] and int8 [N, C], or None. No state dict has them: which columns those
+            are is a matter of the configuration, and what is in them is in ``weight``.
     """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
+    columns: torch.Tensor | None
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class Int8Linear(nn.Module):
         *,
         threshold: float = 6.0,
         outlier_policy: str = "column",
+        columns: Sequence[int] = (),
         kernels: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -69,13 +76,19 @@ class Int8Linear(nn.Module):
             raise OptionValueError("outlier_policy", outlier_policy, "one of " + ", ".join(map(repr, policies)))
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
+        self._columns = _checked_columns(columns, in_features)
+        if self._columns:
+            self.threshold, self.outlier_policy = 0.0, CALIBRATED
         self.float_dtype = dtype or torch.get_default_dtype()
         self.float_type: type[nn.Module] = nn.Linear
         self.register_buffer("weight", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.zeros((out_features,), dtype=torch.float32, device=device))
+        for name in ("columns", "column_weight"):
+            self.register_buffer(name, None, persistent=False)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.float_dtype))
+        self._take_columns()
 
     @classmethod
     def from_float(
@@ -96,13 +109,14 @@ class Int8Linear(nn.Module):
         weight, transposed = module.weight, is_conv1d(module)
         assert isinstance(weight, torch.Tensor)
         n, k = weight.shape[::-1] if transposed else weight.shape
-        threshold, outlier_policy = outliers(config, *paths)
+        treated = treatment(config, k, n, paths)
         self = cls(
             k,
             n,
             bias=False,
-            threshold=threshold,
-            outlier_policy=outlier_policy,
+            threshold=treated.threshold,
+            outlier_policy="none" if treated.outlier_policy == CALIBRATED else treated.outlier_policy,
+            columns=treated.columns,
             kernels=config.kernels,
             device="meta",
             dtype=weight.dtype,
@@ -124,8 +138,19 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
         load_kernels(self.kernels, self.weight.device.type)
-        out: torch.Tensor = linear(x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_policy)
+        operands = (x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_policy)
+        out: torch.Tensor = linear(*operands, self.columns, self.column_weight) if self._columns else linear(*operands)
         return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._take_columns()
+
+    def _take_columns(self) -> None:
+        """Copy what the weight has in the columns, which is to be done whenever it may have changed."""
+        if getattr(self, "_columns", ()):
+            self.columns, self.column_weight = self.int8_weight.in_columns(self._columns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
@@ -155,6 +180,7 @@ class Int8Linear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"threshold={self.threshold:g}, outlier_policy={self.outlier_policy!r}"
+            + (f", columns={len(self._columns)}" if self._columns else "")
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -167,6 +193,7 @@ class Int8Linear(nn.Module):
             self.weight = codes.to(self.weight.device)
         if self.weight_scale.dtype != weight_scale.dtype:
             self.weight_scale = weight_scale.to(self.weight_scale.device)
+        self._take_columns()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -181,6 +208,14 @@ class Int8Linear(nn.Module):
         if int8_weight is not None:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = int8_weight
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._take_columns()
+
+
+def _checked_columns(columns: Sequence[int], in_features: int) -> tuple[int, ...]:
+    made = tuple(map(int, columns))
+    if any(a >= b for a, b in itertools.pairwise(made)) or not all(0 <= c < in_features for c in made):
+        raise OptionValueError("columns", list(made), f"features below {in_features}, in ascending order")
+    return made
 
 
 class Int8MasterLinear(nn.Linear):

@@ -6,7 +6,8 @@ changes: its lifted inputs become buffers. A weight ``layers.0.fc.weight`` [N, K
     layers.0.fc.weight_int8     int8 [N, K]
     layers.0.fc.weight_scale    float32 [N]
 
-(whatever the parameter is called, ``_int8`` and ``_scale`` are added to its name). Linears that became one product have
+and, of a calibrated linear, by ``weight_columns`` int32 [C] and ``weight_columns_int8`` int8 [N, C] beside them
+(whatever the parameter is called, ``_int8`` and so on are added to its name). Linears that became one product have
 one pair, named for all of them: ``layers.0.attn.q_k_v.weight_int8`` holds the rows of ``q``, ``k`` and ``v``.
 """
 
@@ -37,7 +38,7 @@ from int8compile.report import GraphReport, Report
 from int8compile.torch_internals.dynamo import fake_mode_of
 from int8compile.torch_internals.modules import uncompiled
 from int8compile.torch_internals.tensors import storage_key
-from int8compile.weights.int8_weight import FloatWeight, Int8Weight
+from int8compile.weights.int8_weight import FloatWeight
 from int8compile.weights.store import WeightStore
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ _WAYS_OUT = {
 }
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_SUFFIXES = ("int8", "scale", "columns", "columns_int8")
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
@@ -204,10 +206,9 @@ def _assemble(
     specs = dict(zip(captured.examples, program.graph_signature.input_specs, strict=True))
     gone = {spec.target for node, spec in specs.items() if node not in kept}
     state = {name: _frozen(value) for name, value in program.state_dict.items() if name not in gone}
-    for done, (lifted, name, int8_weight) in enumerate(_int8_weights(captured, state), 1):
+    for done, (lifted, name, inputs) in enumerate(_int8_weights(captured, state), 1):
         tell("quantise weights", done, len(captured.lifted))
-        values = zip((lifted.weight, lifted.weight_scale), ("int8", "scale"), int8_weight, strict=True)
-        for node, suffix, value in values:
+        for node, suffix, value in zip(lifted.inputs, _SUFFIXES, inputs, strict=False):
             target = f"{name}_{suffix}"
             state[target] = value
             specs[node] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), target, persistent=True)
@@ -232,12 +233,14 @@ def _frozen(value: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, torch.nn.Parameter) else value
 
 
-def _int8_weights(captured: Capture, taken: Mapping[str, object]) -> Iterator[tuple[LiftedWeight, str, Int8Weight]]:
+def _int8_weights(
+    captured: Capture, taken: Mapping[str, object]
+) -> Iterator[tuple[LiftedWeight, str, tuple[torch.Tensor, ...]]]:
     """Each lifted weight with the name of its buffers and their values."""
     store = WeightStore()
     for lifted in captured.lifted.values():
         sources = [FloatWeight(captured.examples[node], transposed) for node, transposed in lifted.sources]
-        yield lifted, _buffer_name(lifted, taken), store.resolve(sources)
+        yield lifted, _buffer_name(lifted, taken), store.entry(sources).inputs(lifted.columns)
 
 
 def _output_specs(program: torch.export.ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:
@@ -260,10 +263,10 @@ def _call_graph(program: torch.export.ExportedProgram) -> list[ModuleCallEntry]:
 
 
 def _buffer_name(lifted: LiftedWeight, taken: Collection[str]) -> str:
-    """Where a lifted weight's buffers go, without ``_int8`` and ``_scale``, which make it a name of its own."""
+    """Where a lifted weight's buffers go, without ``_int8`` and so on, which make it a name of its own."""
     name = unique = joined_path([str(node.meta["int8compile_constant"]) for node, _ in lifted.sources])
     number = 2
-    while f"{unique}_int8" in taken or f"{unique}_scale" in taken:
+    while any(f"{unique}_{suffix}" in taken for suffix in _SUFFIXES):
         unique, number = f"{name}_{number}", number + 1
     return unique
 
@@ -301,4 +304,4 @@ def _portable(spec: pytree.TreeSpec) -> pytree.TreeSpec:
 
 def _provenance(config: Int8Config, report: GraphReport) -> dict[str, Any]:
     """What ``save`` writes beside the program."""
-    return {"config": dataclasses.asdict(config), "report": Report([report]).to_dict()}
+    return {"config": config.to_dict(), "report": Report([report]).to_dict()}

@@ -78,6 +78,12 @@ class Int8Weight(NamedTuple):
         """Some of the rows, as views."""
         return Int8Weight(self.weight[start : start + count], self.weight_scale[start : start + count])
 
+    def in_columns(self, columns: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns as int32 [C] beside the weight, and the weight in them, int8 [N, C]."""
+        with torch.inference_mode(False), torch.no_grad():
+            numbers = torch.tensor(columns, dtype=torch.int32, device=self.weight.device)
+            return numbers, self.weight.index_select(1, numbers)
+
     def fill(self, source: FloatWeight) -> None:
         """Quantise a float weight of as many rows into this memory."""
         with torch.no_grad():

@@ -7,6 +7,7 @@ or be replaced without a recompile. So graphs take int8 weights as inputs, and t
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,11 +31,13 @@ class LiftedInput(NamedTuple):
         release: called with each of them once the int8 form exists, to free its storage.
         gathered: whether FSDP gathers them, maybe before each call, into memory that looks the same and counts no
             write. Then they are quantised at each call, and no int8 form is kept.
+        columns: features whose codes have 16 bits; the graph takes them, and the int8 weight in them, too.
     """
 
     sources: tuple[tuple[int, bool], ...]
     release: Callable[[torch.Tensor], None] | None = None
     gathered: bool = False
+    columns: tuple[int, ...] = ()
 
 
 class LiftedInputs:
@@ -56,7 +59,8 @@ class LiftedInputs:
         sharded: Sequence[int] = (),
     ) -> None:
         self._store, self._written = store, written
-        self._gathered = [(i, lifted) for i, lifted in enumerate(inputs) if lifted.gathered]
+        starts = itertools.accumulate((4 if lifted.columns else 2 for lifted in inputs), initial=0)
+        self._gathered = [(at, lifted) for at, lifted in zip(starts, inputs, strict=False) if lifted.gathered]
         inputs = self._inputs = [lifted for lifted in inputs if not lifted.gathered]
         self._positions = sorted({position for lifted in inputs for position, _ in lifted.sources})
         self._sharded = [position for position in self._positions if position in sharded]
@@ -66,19 +70,19 @@ class LiftedInputs:
             i for i, lifted in enumerate(inputs) if any(taken.count(source) > 1 for source, _ in lifted.sources)
         ]
         # Of the last call: whether weights are what they were, the entries, and the weights' storages.
-        self._last: tuple[_Unchanged, list[weakref.ref[Entry]], set[int]] | None = None
+        self._last: tuple[_Unchanged, list[tuple[weakref.ref[Entry], tuple[int, ...]]], set[int]] | None = None
 
     def fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Int8 weight and scale of each lifted input, for the arguments as they are now.
+        """Int8 weight and scale of each lifted input, and what it has of columns, for the arguments as they are now.
 
         None if an argument that the graph writes to lies in a weight's memory: that weight changes in mid-call.
         """
         inputs = self._fetch(args)
-        for i, lifted in self._gathered if inputs is not None else ():
-            sources = [FloatWeight.of(args[at], transposed) for at, transposed in lifted.sources]
+        for at, lifted in self._gathered if inputs is not None else ():
+            sources = [FloatWeight.of(args[position], transposed) for position, transposed in lifted.sources]
             if self._written and self._overlap(args, {storage_key(source.tensor) for source in sources}):
                 return None
-            inputs[2 * i : 2 * i] = Int8Weight.joined(sources)  # type: ignore[index]
+            inputs[at:at] = Entry(Int8Weight.joined(sources), ()).inputs(lifted.columns)  # type: ignore[index]
         return inputs
 
     def _fetch(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -90,11 +94,11 @@ class LiftedInputs:
         if self._written and self._overlap(args, last[2]):
             return None
         inputs: list[torch.Tensor] = []
-        for entry_of in last[1]:
+        for entry_of, columns in last[1]:
             entry = entry_of()
             if entry is None:
                 return self._resolve(args, weights)
-            inputs += entry.int8_weight
+            inputs += entry.inputs(columns)
         return inputs
 
     def _watched(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -115,7 +119,11 @@ class LiftedInputs:
         if is_fake(first):
             # DDPOptimizer calls each part once on fakes, to learn the strides of what the next part is given.
             with first.fake_mode:
-                return [tensor for group in groups for tensor in Int8Weight.empty(group)]
+                return [
+                    tensor
+                    for group, lifted in zip(groups, self._inputs, strict=True)
+                    for tensor in Entry(Int8Weight.empty(group), ()).inputs(lifted.columns)
+                ]
         storages = set(map(storage_key, weights))
         if self._overlap(args, storages):
             return None
@@ -124,5 +132,6 @@ class LiftedInputs:
             self._store.entry(groups[i])
         pairs = zip(groups, self._inputs, strict=True)
         entries = [self._store.entry(group, lifted.release) for group, lifted in pairs]
-        self._last = unchanged, [weakref.ref(entry) for entry in entries], storages
-        return [tensor for entry in entries for tensor in entry.int8_weight]
+        columns = [lifted.columns for lifted in self._inputs]
+        self._last = unchanged, [*zip(map(weakref.ref, entries), columns, strict=True)], storages
+        return [t for entry, of in zip(entries, columns, strict=True) for t in entry.inputs(of)]

@@ -30,6 +30,17 @@ class Entry:
     int8_weight: Int8Weight
     stamps: tuple[Stamp, ...]
     release_done: bool = False
+    #: columns -> themselves as a tensor, and the int8 weight in them
+    in_columns: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+
+    def inputs(self, columns: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """What a graph takes of it: weight, scale and, if there are any, columns and the weight in them."""
+        if not columns:
+            return self.int8_weight
+        found = self.in_columns.get(columns)
+        if found is None:
+            found = self.in_columns[columns] = self.int8_weight.in_columns(columns)
+        return (*self.int8_weight, *found)
 
     def matches(self, sources: Sequence[FloatWeight]) -> bool:
         """Whether these are the same float weights, unchanged."""
@@ -98,7 +109,9 @@ class WeightStore:
     def nbytes(self) -> int:
         """Bytes held, each storage counted once."""
         with self._lock:
-            tensors = [t for entry in list(self._entries.values()) for t in entry.int8_weight]
+            entries = list(self._entries.values())
+            tensors = [t for entry in entries for t in entry.int8_weight]
+            tensors += [t for entry in entries for found in list(entry.in_columns.values()) for t in found]
             return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def __len__(self) -> int:

@@ -29,7 +29,8 @@ def test_unknown_option_suggests_the_nearest():
     with pytest.raises(OptionNameError, match=r"unknown option 'threshold'. Did you mean 'llm_int8_threshold'\?"):
         Int8Config.make({"threshold": 6.0})
     with pytest.raises(
-        OptionNameError, match=r"unknown option 'zzz'\. Known options: activation, attention, disable_passes, "
+        OptionNameError,
+        match=r"unknown option 'zzz'\. Known options: activation, attention, calibration, disable_passes, ",
     ):
         Int8Config.make({"zzz": 1})
     with pytest.raises(OptionNameError, match=r"Inductor's own go into options=\{'inductor': \{\.\.\.\}\}"):
@@ -52,7 +53,7 @@ def test_unknown_option_suggests_the_nearest():
         ({"outlier_policy": "row"}, "expected one of 'column', 'element'"),
         (
             {"outlier_policy": "all"},
-            "expected 'column' or 'element'; activation='float' is what leaves all activations",
+            "expected 'column', 'element' or 'none'; activation='float' is what leaves all activations",
         ),
         ({"activation": "int16"}, "activation='int16': expected one of 'int8', 'float'"),
         ({"llm_int8_weight_only_modules": "lm_head"}, r"expected a list of strings, such as \['lm_head'\]"),

@@ -15,11 +15,11 @@ import int8compile
 FLOORS = [
     ("cpuinfo", "errors", "hooks", "limits", "torch_internals"),
     ("config", "files", "graph", "ops", "report"),
-    ("native", "selection", "session"),
+    ("calibration", "native", "selection", "session"),
     ("weights", "passes", "handoff"),
     ("backend", "modules"),
     ("programs", "explanation", "integrations"),
-    ("checkpoints", "testing", "tuning"),
+    ("calibrating", "checkpoints", "testing", "tuning"),
     ("cli",),
 ]
 

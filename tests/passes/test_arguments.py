@@ -9,7 +9,8 @@ from int8compile.ops import linear
 from int8compile.passes.analysis.arguments import arguments
 
 aten = torch.ops.aten
-LINEAR = {"x": "x", "weight": "w", "weight_scale": "s", "bias": None, "threshold": 6.0, "outlier_policy": "column"}
+LINEAR = {"x": "x", "weight": "w", "weight_scale": "s", "bias": None, "threshold": 6.0}
+LINEAR |= {"outlier_policy": "column", "columns": None, "column_weight": None}
 
 
 def named(target, args, kwargs):
@@ -29,7 +30,7 @@ def named(target, args, kwargs):
         (("x", "w", "s", None, 6.0, "column"), {}),
         (("x", "w", "s", None, 6.0), {}),
         (("x", "w"), {"threshold": 6.0, "bias": None, "weight_scale": "s"}),
-        ((), {name: value for name, value in LINEAR.items() if name != "outlier_policy"}),
+        ((), {name: value for name, value in LINEAR.items() if name not in ("outlier_policy", "columns")}),
     ],
 )
 @pytest.mark.parametrize("target", [linear, torch.ops.int8compile.linear])

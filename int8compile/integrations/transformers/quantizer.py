@@ -63,6 +63,7 @@ _FIELDS = (
     "llm_int8_enable_fp32_cpu_offload",
     "activation",
     "outlier_policy",
+    "calibration",
     "min_features",
     "skip_output_embeddings",
     "kernels",
@@ -76,7 +77,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         llm_int8_threshold, llm_int8_skip_modules, llm_int8_weight_only_modules, activation, outlier_policy,
-        min_features, skip_output_embeddings, kernels, llm_int8_has_fp16_weight: as there.
+        calibration, min_features, skip_output_embeddings, kernels, llm_int8_has_fp16_weight: as there.
             ``skip_output_embeddings=False`` takes output embeddings that are not tied; what transformers keeps tied
             stays float. A tied one that ``llm_int8_weight_only_modules`` names becomes an int8 copy, a byte an element,
             beside the float embedding.
@@ -116,7 +117,9 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
             "quant_method": "int8compile",
             "version": int8compile.__version__,
             "requires": "import int8compile.integrations.transformers",
-            **{name: getattr(self, name) for name in _FIELDS},
+            **{name: getattr(self, name) for name in _FIELDS if name != "calibration"},
+            # (As what it says: a path would mean nothing where the checkpoint goes.)
+            **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
         }
 
 
