@@ -39,6 +39,9 @@ Skip = Annotated[list[str] | None, typer.Option(help="llm_int8_skip_modules; can
 WeightOnly = Annotated[list[str] | None, typer.Option(help="llm_int8_weight_only_modules; can be repeated.")]
 Activation = Annotated[str, typer.Option(help="int8, or float, which leaves all activations as they are")]
 MinFeatures = Annotated[int, typer.Option(help="Smaller linears stay in float.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="A file that `int8compile calibrate` wrote, or its folder.")
+]
 Kernels = Annotated[str, typer.Option(help="auto, native or reference")]
 
 
@@ -101,6 +104,7 @@ def quantize(
     weight_only: WeightOnly = None,
     activation: Activation = "int8",
     min_features: MinFeatures = 128,
+    calibration: CalibrationFile = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare both models' outputs afterwards.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +122,7 @@ def quantize(
             raise Int8CompileError(
                 f"quantize needs transformers: pip install 'int8compile[transformers]' ({error})"
             ) from error
-        config = Int8Config(**_options(threshold, skip, weight_only, activation, min_features))
+        config = Int8Config(**_options(threshold, skip, weight_only, activation, min_features, calibration))
         if verify:
             comparison.check_comparable(source, format)
         with progress_bars(as_json, DownloadColumn()) as progress:
@@ -154,6 +158,7 @@ def explain(
     weight_only: WeightOnly = None,
     activation: Activation = "int8",
     min_features: MinFeatures = 128,
+    calibration: CalibrationFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which linears of a model would run in int8, which would not, and why. Compiles nothing.
@@ -171,7 +176,7 @@ def explain(
         progress(f"load {model}", 1, 1)
         progress("trace the model", 0, None)
         with torch.no_grad():
-            options = _options(threshold, skip, weight_only, activation, min_features)
+            options = _options(threshold, skip, weight_only, activation, min_features, calibration)
             report = explain_model(found.model, *found.args, options=options, **found.kwargs)
     print_json(report.to_dict()) if as_json else out.print(report)
 
@@ -185,6 +190,7 @@ def export(
     weight_only: WeightOnly = None,
     activation: Activation = "int8",
     min_features: MinFeatures = 128,
+    calibration: CalibrationFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model as an int8 program, which int8compile.load reads without the model's source.
@@ -201,7 +207,7 @@ def export(
 
         found = find(model)
         progress(f"load {model}", 1, 1)
-        options = _options(threshold, skip, weight_only, activation, min_features)
+        options = _options(threshold, skip, weight_only, activation, min_features, calibration)
         program = export_model(*found, config=options, progress=progress)
         progress(f"write {target}", 0, None)
         save(program, target)
@@ -307,9 +313,15 @@ def tune(
 
 
 def _options(
-    threshold: float, skip: list[str] | None, weight_only: list[str] | None, activation: str, min_features: int
+    threshold: float,
+    skip: list[str] | None,
+    weight_only: list[str] | None,
+    activation: str,
+    min_features: int,
+    calibration: Path | None = None,
 ) -> dict[str, Any]:
     return {
+        **({} if calibration is None else {"calibration": calibration}),
         "llm_int8_threshold": threshold,
         "llm_int8_skip_modules": skip or [],
         "llm_int8_weight_only_modules": weight_only or [],
