@@ -48,13 +48,12 @@ class Int8Linear(nn.Module):
         bias: Parameter [N], or None.
         float_dtype: dtype of the float weight it stands for.
         stored_transposed: whether it stands for a ``Conv1D``, whose float weight is [K, N].
-        columns, column_weight: buffers, int32 [C] and int8 [N, C], or None. No state dict has them: which columns those
-            are is a matter of the configuration, and what is in them is in ``weight``.
+        columns, column_weight: int32 [C] and int8 [N, C], or None. No state dict has them: which columns those are is a
+            matter of the configuration, and what is in them is in ``weight``.
     """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
-    columns: torch.Tensor | None
 
     def __init__(
         self,
@@ -77,14 +76,14 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
         self._columns = _checked_columns(columns, in_features)
+        self._in_columns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._taken_of: tuple[torch.Tensor, int] | None = None
         if self._columns:
             self.threshold, self.outlier_policy = 0.0, CALIBRATED
         self.float_dtype = dtype or torch.get_default_dtype()
         self.float_type: type[nn.Module] = nn.Linear
         self.register_buffer("weight", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.zeros((out_features,), dtype=torch.float32, device=device))
-        for name in ("columns", "column_weight"):
-            self.register_buffer(name, None, persistent=False)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.float_dtype))
@@ -139,8 +138,21 @@ class Int8Linear(nn.Module):
         """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
         load_kernels(self.kernels, self.weight.device.type)
         operands = (x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_policy)
-        out: torch.Tensor = linear(*operands, self.columns, self.column_weight) if self._columns else linear(*operands)
+        if not self._columns:
+            out: torch.Tensor = linear(*operands)
+            return out
+        if not torch.compiler.is_compiling() and not self._taken():
+            self._take_columns()
+        out = linear(*operands, self.columns, self.column_weight)
         return out
+
+    @property
+    def columns(self) -> torch.Tensor | None:
+        return None if self._in_columns is None else self._in_columns[0]
+
+    @property
+    def column_weight(self) -> torch.Tensor | None:
+        return None if self._in_columns is None else self._in_columns[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -150,7 +162,16 @@ class Int8Linear(nn.Module):
     def _take_columns(self) -> None:
         """Copy what the weight has in the columns, which is to be done whenever it may have changed."""
         if getattr(self, "_columns", ()):
-            self.columns, self.column_weight = self.int8_weight.in_columns(self._columns)
+            self._in_columns = self.int8_weight.in_columns(self._columns)
+            self._taken_of = self.weight, _version(self.weight)
+
+    def _taken(self) -> bool:
+        """Whether what was copied is of the weight as it is; some set a module's tensors past ``__setattr__``."""
+        return (
+            self._taken_of is not None
+            and self._taken_of[0] is self.weight
+            and self._taken_of[1] == _version(self.weight)
+        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
@@ -209,6 +230,10 @@ class Int8Linear(nn.Module):
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = int8_weight
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._take_columns()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _checked_columns(columns: Sequence[int], in_features: int) -> tuple[int, ...]:

@@ -128,6 +128,12 @@ def test_columns_follow_the_weight_of_a_module():
     for each in (subject, other):
         each.q.int8_weight = each.k.int8_weight
     assert torch.equal(subject.q.column_weight, subject.k.column_weight)
+    before = subject.q(x)
+    subject.q._buffers["weight"] = -subject.q.weight  # as accelerate does it
+    assert torch.equal(subject.q(x) - subject.q.bias, subject.q.bias - before)
+    subject.q.weight.neg_()
+    assert torch.equal(subject.q(x), before)
+    assert torch.equal(copy.deepcopy(subject).q(x), before)
 
 
 def test_float_weights_are_bought_where_int8_changes_most():

@@ -353,3 +353,18 @@ def test_a_head_of_another_size_is_new_where_that_is_allowed(tmp_path, caplog, q
     model.save_pretrained(tmp_path / "again")  # and the float head is kept from then on
     again = family.from_pretrained(tmp_path / "again")
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_a_calibration_goes_with_a_checkpoint(tmp_path):
+    model, inputs = float_model("Llama")
+    model.save_pretrained(tmp_path / "float")
+    with torch.no_grad():  # tiny weights have no outliers: every linear is to have some columns
+        path = int8compile.calibrate(model, [inputs], budget=0.1, config=SMALL).save(tmp_path / "float")
+    loaded, _ = int8_model(tmp_path, calibration=str(path))
+    loaded.save_pretrained(tmp_path / "int8")
+    again = load(model, tmp_path / "int8")
+    quantize_(model, {"calibration": path, **SMALL})
+    assert any(isinstance(m, Int8Linear) and m.outlier_policy == "calibrated" for m in again.modules())
+    want = result(model, inputs)
+    assert torch.equal(result(loaded, inputs), want)
+    assert torch.equal(result(again, inputs), want)
