@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import rich.console
@@ -17,9 +17,6 @@ from int8compile.errors import CalibrationError
 from int8compile.modules.inplace import Found, find_linears
 from int8compile.report import Reason
 from int8compile.torch_internals.modules import uncompiled
-
-#: of a call: the model's main input, and what it gave
-Look = Callable[[Any, Any], None]
 
 
 def linears_of(model: object, config: Int8Config, call: str) -> tuple[nn.Module, list[Found]]:
@@ -73,7 +70,7 @@ def run(model: nn.Module, batch: Any, call: str) -> tuple[Any, Any]:
 def tracked(items: Iterable[Any], step: str, show: bool) -> Iterator[Any]:
     """The items, with a bar on stderr, if that is a terminal."""
     console = rich.console.Console(file=sys.stderr)
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     with rich.progress.Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as bars:
         yield from bars.track(items, total=total, description=step)
 
