@@ -20,40 +20,40 @@ from int8compile.errors import CalibrationError
 from int8compile.modules.inplace import Found
 
 #: rows kept of an activation, up to twice as many before every second is dropped
-ROWS = 1024
+ROWS = 512
 #: magnitudes kept of a row
-LARGEST = 64
+LARGEST = 96
 
 
 class Sample:
-    """Some of the rows of a stream, evenly spaced, with what is kept of each."""
+    """Some of the rows of a stream, evenly spaced, with what is kept of each: in memory that is taken once."""
 
     def __init__(self) -> None:
-        self._seen, self._stride = 0, 1
-        self._parts: list[tuple[torch.Tensor, ...]] = []
-        self._kept = 0
+        self._seen, self._stride, self._kept = 0, 1, 0
+        self._memory: tuple[torch.Tensor, ...] = ()
 
     def rows(self, count: int) -> torch.Tensor:
         """Which of the next ``count`` rows are to be kept."""
-        first = -self._seen % self._stride
+        while self._kept + count // self._stride + 1 > 2 * ROWS:
+            # Every second of all rows there are: those that the doubled stride would have taken.
+            for memory in self._memory:
+                memory[: (self._kept + 1) // 2] = memory[: self._kept : 2].clone()
+            self._kept, self._stride = (self._kept + 1) // 2, 2 * self._stride
+        first = min(count, -self._seen % self._stride)
         self._seen += count
         return torch.arange(first, count, self._stride)
 
     def keep(self, *values: torch.Tensor) -> None:
         """Keep values [rows, ...] of those rows."""
-        self._parts.append(values)
-        self._kept += len(values[0])
-        while self._kept > 2 * ROWS:
-            # Every second of all rows there are: those that the doubled stride would have taken.
-            self._parts = [tuple(value[::2] for value in self.all())]
-            self._kept, self._stride = len(self._parts[0][0]), 2 * self._stride
+        if not self._memory:
+            self._memory = tuple(torch.empty((2 * ROWS, *v.shape[1:]), dtype=v.dtype) for v in values)
+        end = self._kept + len(values[0])
+        for memory, value in zip(self._memory, values, strict=True):
+            memory[self._kept : end] = value
+        self._kept = end
 
     def all(self) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(column) for column in zip(*self._parts, strict=True))
-
-    @property
-    def empty(self) -> bool:
-        return not self._kept
+        return tuple(memory[: self._kept] for memory in self._memory)
 
 
 class Group:
@@ -116,12 +116,12 @@ class Observer:
         group.seen += len(rows)
         taken = rows[group.sample.rows(len(rows)).to(rows.device)].float().abs()
         largest = taken.topk(min(LARGEST, taken.shape[1]), dim=1)
-        group.sample.keep(largest.values.cpu(), largest.indices.to(torch.int32).cpu())
+        group.sample.keep(largest.values, largest.indices.to(torch.int32))
 
     def _note_output(self, at: int, output: torch.Tensor) -> None:
         sample = self.outputs.setdefault(at, Sample())
         rows = output.detach().reshape(-1, output.shape[-1])
-        sample.keep(rows[sample.rows(len(rows)).to(rows.device)].float().square().sum(1).cpu())
+        sample.keep(rows[sample.rows(len(rows)).to(rows.device)].float().square().sum(1))
 
     def _group_for(self, linear: Found, x: torch.Tensor) -> Group:
         """That of the linears that were given this very tensor before, or a new one."""

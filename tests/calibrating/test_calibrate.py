@@ -9,6 +9,7 @@ from torch import nn
 import int8compile
 from int8compile import Int8Linear, calibrate
 from int8compile.calibrating.choosing import choices, spend, worst
+from int8compile.calibrating.observing import ROWS, Sample
 from int8compile.errors import CalibrationError
 from int8compile.report import Reason
 
@@ -195,6 +196,22 @@ def test_a_calibration_of_another_model_is_an_error():
     elsewhere = nn.Sequential(nn.Linear(128, 128)).requires_grad_(False)
     report = int8compile.quantize_(elsewhere, {"calibration": made})
     assert (report.rewritten, report.uncalibrated) == (1, 1)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 3000, [700] * 7, [5, 5000, 1, 90], [3]])
+def test_a_sample_is_evenly_spaced_and_does_not_grow(pieces):
+    sample, at = Sample(), 0
+    for count in pieces:
+        rows = sample.rows(count) + at
+        sample.keep(rows, 2 * rows)
+        at += count
+    kept, twice = sample.all()
+    steps = set(kept.diff().tolist())
+    assert kept[0] == 0
+    assert len(steps) <= 1
+    assert len(kept) <= 2 * ROWS
+    assert len(kept) >= min(at, ROWS // 2)
+    assert torch.equal(twice, 2 * kept)
 
 
 def test_columns_are_worth_having_together():
