@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class Int8Linear(nn.Module):
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
         self._columns = _checked_columns(columns, in_features)
         self._in_columns: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._taken_of: tuple[torch.Tensor, int] | None = None
+        self._taken_of: tuple[weakref.ref[torch.Tensor], int] | None = None
         if self._columns:
             self.threshold, self.outlier_policy = 0.0, CALIBRATED
         self.float_dtype = dtype or torch.get_default_dtype()
@@ -163,15 +164,18 @@ class Int8Linear(nn.Module):
         """Copy what the weight has in the columns, which is to be done whenever it may have changed."""
         if getattr(self, "_columns", ()):
             self._in_columns = self.int8_weight.in_columns(self._columns)
-            self._taken_of = self.weight, _version(self.weight)
+            self._taken_of = weakref.ref(self.weight), _version(self.weight)
 
     def _taken(self) -> bool:
         """Whether what was copied is of the weight as it is; some set a module's tensors past ``__setattr__``."""
-        return (
-            self._taken_of is not None
-            and self._taken_of[0] is self.weight
-            and self._taken_of[1] == _version(self.weight)
-        )
+        if self._taken_of is None:
+            return False
+        weight, version = self._taken_of
+        return weight() is self.weight and version == _version(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which take what is in the columns anew at their first call."""
+        return {**self.__dict__, "_taken_of": None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""

@@ -1,6 +1,7 @@
 """``calibrate``: what it chooses, what it is used by, and what it refuses."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -135,6 +136,10 @@ def test_columns_follow_the_weight_of_a_module():
     subject.q.weight.neg_()
     assert torch.equal(subject.q(x), before)
     assert torch.equal(copy.deepcopy(subject).q(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(subject.q))(x), before)
+    kept = subject.q.column_weight
+    subject.q(x)
+    assert subject.q.column_weight is kept  # and is not copied at each call
 
 
 def test_float_weights_are_bought_where_int8_changes_most():
