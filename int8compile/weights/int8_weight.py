@@ -57,12 +57,16 @@ class Int8Weight(NamedTuple):
     def empty(cls, sources: Sequence[FloatWeight]) -> Int8Weight:
         """Memory for the rows of float weights of the same K, one below the other, on the device of the first."""
         shape = (sum(source.rows for source in sources), *sources[0].shape[1:])
-        device = sources[0].tensor.device
+        return cls.of_shape(shape, sources[0].tensor.device)
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int], device: torch.device) -> Int8Weight:
+        """Memory for codes of a shape, [N, K] or [E, N, K], and their scales."""
         # Made outside inference mode, so that a later call with gradients can save them for backward.
         with torch.inference_mode(False):
             return cls(
-                torch.empty(shape, dtype=torch.int8, device=device),
-                torch.empty(shape[:-1], dtype=torch.float32, device=device),
+                torch.empty(tuple(shape), dtype=torch.int8, device=device),
+                torch.empty(tuple(shape)[:-1], dtype=torch.float32, device=device),
             )
 
     @classmethod

@@ -10,6 +10,7 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
 from int8compile import Int8Experts, Int8Linear, Reason, dequantize_, quantize_
 from int8compile.checkpoints.convert import quantize_folder
@@ -340,3 +341,16 @@ def test_tied_experts_stay_float(tmp_path):
     assert reasons["gate_up_proj"] is Reason.REWRITTEN
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, nn.Parameter)
     assert model.model.layers[1].mlp.experts.down_proj is model.model.layers[0].mlp.experts.down_proj
+
+
+def test_float_stacks_of_experts_are_never_made(tmp_path, monkeypatch):
+    model, inputs = float_folder(tmp_path)
+    quantize_(model, SMALL)
+
+    def convert(self, *args, **kwargs):
+        raise AssertionError("a stack of floats")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeModulelist, "convert", convert)
+        loaded = load(tmp_path / "float", quantization_config=CONFIG)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))

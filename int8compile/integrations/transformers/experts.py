@@ -36,6 +36,7 @@ from int8compile.integrations.transformers.loading import Entries, Reading, unti
 from int8compile.modules.int8_experts import Int8Experts, is_experts, weight_names
 from int8compile.modules.places import carry_hooks
 from int8compile.weights.formats import SCALE, read_experts_weight
+from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 
 
 def int8_weights(model: nn.Module) -> Iterator[tuple[str, Int8Experts, str]]:
@@ -55,6 +56,17 @@ def splits(conversion: Any) -> bool:
     joins = [type(op) is Concatenate and op.dim == 1 and op.num_shards_attribute is None for op in rest]
     joined = joins == [True] if len(_sources(conversion)) > 1 else not joins
     return type(merge) is MergeModulelist and merge.dim == 0 and joined
+
+
+def conversions_for_quantizing(conversions: list[Any], model: nn.Module, loaded: set[str]) -> list[Any]:
+    """A model's conversions, of which those that stack experts quantise each of them first."""
+    keys = [key for key, *_ in int8_weights(model)]
+    return [
+        conversion.copy(_sources(conversion), _targets(conversion), operations=[Stack(loaded, conversion.operations)])
+        if splits(conversion) and any(_makes(conversion, key) for key in keys)
+        else conversion
+        for conversion in conversions
+    ]
 
 
 def conversions_for_loading(
@@ -121,6 +133,44 @@ def name_on_disk(model: Any, path: str) -> str:
         if isinstance(conversion, WeightRenaming) and not isinstance(conversion, PrefixChange):
             key, _ = conversion.reverse_transform().rename_source_key(key)
     return key.removesuffix(".weight")
+
+
+class Stack(ConversionOps):  # type: ignore[misc]
+    """Float matrices of single experts to one int8 weight, one by one: their stack in float is never there."""
+
+    def __init__(self, loaded: set[str], operations: Iterable[ConversionOps]) -> None:
+        """``operations``: the model's own, for experts that stay float, or are not of the model's shape."""
+        self.loaded, self.operations = loaded, list(operations)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        return Stack(self.loaded, [copy.copy(op) for op in self.operations])
+
+    def convert(
+        self,
+        input_dict: Entries,
+        source_patterns: list[str],
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> Entries:
+        path, _, name = full_layer_name.rpartition(".")
+        module, parts = model.get_submodule(path), [input_dict.get(pattern, []) for pattern in source_patterns]
+        shape = module.shape_of(name) if isinstance(module, Int8Experts) and name in module.int8 else (0, 0, 0)
+        one = (shape[1] // len(parts), shape[2])
+        if any(len(part) != shape[0] or any(tuple(tensor.shape) != one for tensor in part) for part in parts):
+            for op in self.operations:
+                given = {"source_patterns": source_patterns, "model": model, "full_layer_name": full_layer_name}
+                input_dict = op.convert(input_dict, **given, **kwargs)
+            return input_dict
+        input_dict.clear()
+        made = Int8Weight.of_shape(shape, parts[0][0].device)
+        for i, part in enumerate(parts):
+            for expert in range(shape[0]):
+                rows = Int8Weight(made.weight[expert], made.weight_scale[expert]).rows(i * one[0], one[0])
+                rows.fill(FloatWeight(part[expert]))
+                part[expert] = None
+        self.loaded.add(full_layer_name)
+        return dict(zip((full_layer_name, full_layer_name + SCALE), made, strict=True))
 
 
 class ReadExperts(Reading):
@@ -214,10 +264,10 @@ def _of_loading(model: Any) -> list[Any] | None:
         return None
     made = []
     for conversion in conversions:
-        ours = [op for op in getattr(conversion, "operations", ()) if isinstance(op, Reading)]
+        ours = [op for op in getattr(conversion, "operations", ()) if isinstance(op, (Reading, Stack))]
         if not ours and not all(target.endswith(SCALE) for target in _targets(conversion)):
             made.append(conversion)
-        elif ours and isinstance(ours[0], ReadExperts) and ours[0].operations:
+        elif ours and isinstance(ours[0], (ReadExperts, Stack)) and ours[0].operations:
             sources = [source for source in _sources(conversion) if not source.endswith(SCALE)]
             made.append(conversion.copy(sources, _targets(conversion), operations=ours[0].operations))
     return made

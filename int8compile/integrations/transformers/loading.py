@@ -29,6 +29,8 @@ class Quantize(ConversionOps):  # type: ignore[misc]
     def convert(
         self, input_dict: Entries, model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> Entries:
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.int8 for value in input_dict.values()):
+            return input_dict  # of experts, which were quantised one by one
         result: Entries = {}
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value

@@ -34,6 +34,7 @@ from int8compile.errors import CheckpointError, OptionNameError, OptionValueErro
 from int8compile.integrations.transformers import bitsandbytes
 from int8compile.integrations.transformers.experts import (
     conversions_for_loading,
+    conversions_for_quantizing,
     conversions_for_saving,
     int8_weights,
 )
@@ -198,9 +199,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     serialized_names = {"weight": ["weight", "weight_scale", "SCB", "weight_format"]}  # noqa: RUF012
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The model's own conversions, and ours, of an int8 checkpoint."""
+        """The model's own conversions, and ours."""
         if self.pre_quantized:
             weight_conversions = conversions_for_loading(weight_conversions, model, self.config, self.loaded)
+        else:
+            weight_conversions = conversions_for_quantizing(weight_conversions, model, self.loaded)
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
