@@ -14,6 +14,7 @@ from int8compile.checkpoints.convert import empty_model
 from int8compile.checkpoints.example_inputs import example_inputs
 from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import take_over_bitsandbytes
+from int8compile.integrations.transformers.experts import has_single_form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,17 @@ def check_comparable(source: Path, format: str) -> None:
     """Whether ``compare`` can be asked for, before there is anything to compare.
 
     Raises:
-        OptionValueError: a format whose reader is not installed, or a model with unknown inputs.
+        OptionValueError: a format whose reader is not installed or cannot read this model, or a model with unknown
+            inputs.
         CheckpointError: as ``empty_model``.
     """
     if format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise OptionValueError("verify", True, "False, or what reads that format: pip install compressed-tensors")
-    _inputs(empty_model(source))
+    model = empty_model(source)
+    if format == "compressed-tensors" and has_single_form(model):
+        expected = f"False for a {type(model).__name__}: transformers reads no int8 experts of that format, vLLM does"
+        raise OptionValueError("verify", True, expected)
+    _inputs(model)
 
 
 def compare(source: Path, target: Path, format: str) -> Comparison:

@@ -16,7 +16,7 @@ from torch import nn
 from int8compile import selection
 from int8compile.config import Int8Config
 from int8compile.limits import FLOAT_DTYPES
-from int8compile.modules.int8_experts import Int8Experts, unknown, weight_names
+from int8compile.modules.int8_experts import Int8Experts, is_experts, unknown, weight_names
 from int8compile.modules.places import by_identity, is_offloaded, replace
 from int8compile.report import Reason, Site, WeightUse
 from int8compile.weights.int8_weight import Int8Weight
@@ -55,6 +55,18 @@ def find_experts(
             why = None if isinstance(module, Int8Experts) else unknown(module)
             sites = {n: _site(module, paths, n, shape, why, config, refused or {}) for n, shape in shapes.items()}
             found.append(FoundExperts(module, paths, sites))
+    return found
+
+
+def routers(model: nn.Module) -> set[int]:
+    """Ids of the linears that choose among experts: beside them in a module, with a feature for each of them."""
+    found = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Int8Experts) or is_experts(module):
+            beside = model.get_submodule(path.rpartition(".")[0]).named_modules()
+            # (A layer's other linears are called so, and may have as many features by chance.)
+            linears = ((name, m) for name, m in beside if isinstance(m, nn.Linear) and not name.endswith("_proj"))
+            found |= {id(linear) for _, linear in linears if linear.out_features == module.num_experts}
     return found
 
 

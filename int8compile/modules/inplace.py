@@ -20,7 +20,7 @@ from int8compile import selection
 from int8compile.config import Int8Config
 from int8compile.errors import ModuleError
 from int8compile.hooks import transformers_integration
-from int8compile.modules.find_experts import FoundExperts, convert_experts, find_experts
+from int8compile.modules.find_experts import FoundExperts, convert_experts, find_experts, routers
 from int8compile.modules.int8_experts import Int8Experts, is_experts
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear, is_conv1d
 from int8compile.modules.places import by_identity, is_offloaded, replace
@@ -194,6 +194,7 @@ class _Facts:
         self.config, self.refused = config, refused
         self.fused = {id(child) for m in model.modules() if isinstance(m, _FUSED_PARENTS) for child in m.children()}
         self.embeddings = {_storage(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.routers = routers(model)
         get_output = getattr(model, "get_output_embeddings", None)
         self.output = id(get_output()) if callable(get_output) else None
 
@@ -227,6 +228,7 @@ class _Facts:
             or ((Reason.CUSTOM, "Conv1D") if self.config.llm_int8_has_fp16_weight and is_conv1d(module) else None)
             or next(by_caller, None)
             or next(filter(None, by_name), None)
+            or ((Reason.ROUTER, "") if id(module) in self.routers else None)
             or selection.size_refusal(k, n, self.config)
             or selection.calibration_refusal(self.config, k, n, paths)
             or ((Reason.CUSTOM, "offloaded by accelerate") if is_offloaded(module) else None)

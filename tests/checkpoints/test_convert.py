@@ -210,6 +210,25 @@ def test_verifies_compressed_tensors(tmp_path):
     assert 0 < compare(folder, tmp_path / "int8", "compressed-tensors").error < 0.3
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+@pytest.mark.parametrize("format", ["int8compile", "bitsandbytes"])
+def test_verifies_mixtures(tmp_path, name, format):
+    folder, _, _ = float_folder(tmp_path, name)
+    arguments = ["quantize", str(folder), str(tmp_path / "int8"), "--min-features", "0", "--format", format, "--verify"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["linears"], told["int8"]) == (13, 12 if format == "int8compile" else 8)
+    assert 0 < told["verify"]["relative_error"] < 0.2
+
+
+def test_a_mixture_that_transformers_could_not_read_is_not_verified(tmp_path, monkeypatch):
+    folder, _, _ = float_folder(tmp_path, "Mixtral")
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(OptionValueError, match="reads no int8 experts of that format"):
+        compare(folder, tmp_path / "int8", "compressed-tensors")
+
+
 def test_carries_along_all_that_is_no_weight(tmp_path):
     folder, _, _ = float_folder(tmp_path)
     kept = ["chat_template.jinja", "modeling_own.py", "1_Pooling/config.json", "2_Dense/config.json"]

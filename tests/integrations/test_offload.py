@@ -7,7 +7,7 @@ from model_zoo import ZOO, output
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from int8compile import Int8Linear, Reason, dequantize_, quantize_
+from int8compile import Int8Experts, Int8Linear, Reason, dequantize_, quantize_
 from int8compile.errors import ModuleError
 from int8compile.integrations.transformers import Int8Config, save_pretrained
 from int8compile.modules.places import is_offloaded
@@ -67,6 +67,29 @@ def test_is_int8_where_it_waits_and_computes_the_same(saved, way):
         assert module.weight_scale.is_meta
         assert module._hf_hook.weights_map["weight"].dtype == torch.int8
         assert module._hf_hook.weights_map["weight_scale"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", [SPLIT, {"": "disk"}], ids=["split", "disk"])
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_experts_wait_in_int8_and_are_saved(tmp_path, name, device_map):
+    model, inputs = next(entry for entry in ZOO if entry.name == name).make()
+    model.requires_grad_(False).save_pretrained(tmp_path / "float")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=CONFIG)
+    loaded.save_pretrained(tmp_path / "int8")
+    model = offloaded(tmp_path, device_map)
+    assert torch.equal(result(model, inputs), result(loaded, inputs))
+    waiting = [m for m in model.modules() if isinstance(m, Int8Experts) and is_offloaded(m)]
+    assert len(waiting) == (1 if device_map is SPLIT else 2)
+    assert all(m.down_proj.is_meta and m._hf_hook.weights_map["down_proj"].dtype == torch.int8 for m in waiting)
+    with pytest.raises(ModuleError, match="is offloaded"):
+        dequantize_(model)
+    for format in FORMATS:
+        save_pretrained(loaded, tmp_path / "whole", format=format)
+        with pytest.warns(UserWarning, match="offloaded modules"):
+            save_pretrained(model, tmp_path / "parts", format=format)
+        whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 @pytest.mark.parametrize("device_map", [SPLIT, {"": "disk"}], ids=["split", "disk"])

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from compiling import compile_eager
 from model_zoo import ZOO, output
 from torch import nn
@@ -203,6 +204,18 @@ def test_training_mode_is_kept():
     assert model.model.layers[0].mlp.experts.training
     dequantize_(model)
     assert model.model.layers[0].mlp.experts.training
+
+
+def test_routers_that_are_linears_stay_float():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_dense_layers": 0, "max_position_embeddings": 64}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = transformers.AfmoeForCausalLM(transformers.AfmoeConfig(**sizes, **experts)).eval()
+    report = quantize_(model, ALL)
+    left = {site.path.split(".", 3)[-1]: site.reason for site in report.sites if not site.rewritten}
+    assert left == {"mlp.router.gate": Reason.ROUTER, "lm_head": Reason.OUTPUT_EMBEDDING}
+    assert sum(site.rewritten for site in report.sites if site.experts) == 4
+    assert run(model, {"input_ids": torch.arange(6)[None]}).isfinite().all()
 
 
 class Bare(nn.Module):

@@ -124,6 +124,14 @@ def without_single_form(model: Any) -> list[str]:
     return [key for key, *_ in int8_weights(model) if not splits(_maker(conversions, key))]
 
 
+def has_single_form(model: Any) -> bool:
+    """Whether a float model's checkpoints have its experts' matrices by themselves."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    experts = [(path, module) for path, module in model.named_modules() if is_experts(module)]
+    keys = [f"{path}.{name}" for path, module in experts for name in weight_names(module)]
+    return any(splits(_maker(conversions, key)) for key in keys)
+
+
 def name_on_disk(model: Any, path: str) -> str:
     """The name of a module in a checkpoint, where transformers has another for it."""
     key, conversions = f"{path}.weight", conversions_for_saving(model, single=True)
