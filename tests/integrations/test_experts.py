@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.core_model_loading import MergeModulelist
 from int8compile import Int8Experts, Int8Linear, Reason, dequantize_, quantize_
 from int8compile.checkpoints.convert import quantize_folder
 from int8compile.errors import OptionValueError
-from int8compile.integrations.transformers import Int8Config, save_pretrained
+from int8compile.integrations.transformers import Int8Config, Int8Quantizer, save_pretrained
 from int8compile.weights.formats import FORMATS
 
 ENTRIES = {entry.name: entry for entry in ZOO}
@@ -341,6 +342,23 @@ def test_tied_experts_stay_float(tmp_path):
     assert reasons["gate_up_proj"] is Reason.REWRITTEN
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, nn.Parameter)
     assert model.model.layers[1].mlp.experts.down_proj is model.model.layers[0].mlp.experts.down_proj
+
+
+@pytest.mark.parametrize("size", ["tp_size", "ep_size"])
+def test_experts_are_not_split_between_processes(tmp_path, monkeypatch, size):
+    """Transformers would add up what each process computes, and each computes all of it."""
+    float_folder(tmp_path)
+    prepared = Int8Quantizer._process_model_before_weight_loading
+
+    def distributed(self, model, **kwargs):
+        prepared(self, model, **kwargs)
+        model.config.distributed_config = SimpleNamespace(**{size: 2})
+
+    monkeypatch.setattr(Int8Quantizer, "_process_model_before_weight_loading", distributed)
+    with pytest.raises(ValueError, match=f"{size}=2 splits experts between processes"):
+        load(tmp_path / "float", quantization_config=CONFIG)
+    skipped = Int8Config(**SMALL, llm_int8_skip_modules=["experts"])
+    assert load(tmp_path / "float", quantization_config=skipped).hf_quantizer.report.rewritten == 8
 
 
 def test_float_stacks_of_experts_are_never_made(tmp_path, monkeypatch):

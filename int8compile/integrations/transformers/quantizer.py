@@ -218,6 +218,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         _initialize_missing(model, self.loaded)
         self._copy_tied(model)
         _check_offload(model)
+        _check_whole(model)
         self.attach_(model)
         log.info("int8: %s", self.report.summary())
         if self.report.unmatched and not self.pre_quantized:
@@ -421,6 +422,17 @@ def _initialize_experts(model: Any, path: str, module: Int8Experts, loaded: set[
         model.set_submodule(path, new)
         if missing:
             model._init_weights(new)
+
+
+def _check_whole(model: Any) -> None:
+    """Refuse experts whose processes each hold all of them, and of whose results the parallel plan takes the sum."""
+    how = getattr(model.config, "distributed_config", None)
+    split = [name for name in ("tp_size", "ep_size") if (getattr(how, name, None) or 1) > 1]
+    if split and (key := next((key for key, *_ in int8_weights(model)), None)) is not None:
+        raise ValueError(
+            f"{split[0]}={getattr(how, split[0])} splits experts between processes, which int8 ones ({key}) are not: "
+            "leave them in float by llm_int8_skip_modules=['experts'], or compile the float model with backend='int8'"
+        )
 
 
 def _check_offload(model: nn.Module) -> None:
