@@ -15,6 +15,11 @@ def test_linears_run_on_their_shards():
 
 
 @pytest.mark.slow
+def test_through_inductor():
+    run_processes(tensor_parallel.through_inductor, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [tensor_parallel.the_essentials, tensor_parallel.the_rest])
 def test_in_four_processes(body):
     run_processes(body, 4)

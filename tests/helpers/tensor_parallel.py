@@ -93,12 +93,15 @@ def every_linear_runs_on_its_shard(rank: int, world: int, thorough: bool) -> Non
         compiled = compile_eager(megatron(mesh, model), **options)
         error = relative(compiled(x), want)
         assert 0 < error < 1.5 * noise + 1e-6, (options, error, noise)
+        other = outlying(7, 2, WIDTH)  # which Dynamo compiles with symbolic sizes
+        assert 0 < relative(compiled(other), model(other)) < 1.5 * noise + 1e-6
         report = int8compile.last_report()
         assert report is not None
         assert sites(report) == expected
         assert all(
             f"shard {WIDTH // world} x" in s.detail or f"x {WIDTH // world}" in s.detail for s in report.sites[:4]
         )
+        assert report.recompiles == 1
         joined = report.graphs[0].pass_counts
         assert joined.get("merge", joined["share"]) == 5, "q, k, v and gate, up"
         weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2)
@@ -217,6 +220,17 @@ def the_rest_stays_float(rank: int, world: int) -> None:
     assert run([Shard(0)], [Replicate()], train="weight")[0] is Reason.TRAINABLE
     assert run([Shard(1)], [Replicate()])[0] is Reason.SHARDED
     assert run([Shard(0)], [Shard(1)])[0] is Reason.SHARDED
+
+
+@torch.no_grad()
+def through_inductor(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model, x = Block().eval(), outlying(3, 5, WIDTH)
+    options = {"min_features": 0}
+    compiled = torch.compile(megatron(mesh, model), backend="int8", options=options, dynamic=True)
+    noise = relative(torch.compile(model, backend="int8", options=options)(x), model(x))
+    for batch in (x, outlying(2, 9, WIDTH)):
+        assert 0 < relative(compiled(batch), model(batch)) < 1.5 * noise
 
 
 def the_essentials(rank: int, world: int) -> None:
