@@ -208,8 +208,21 @@ class Int8Linear(nn.Module):
             + (f", columns={len(self._columns)}" if self._columns else "")
         )
 
+    def hold_parameters_(self) -> None:
+        """Keep codes and scales as Parameters that need no gradient: transformers shards those, and no buffers."""
+        for name in ("weight", "weight_scale"):
+            self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
+        self._hf_quantized_needs_local_tp = True  # transformers calls the module on its shard, with plain tensors
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, casts and shares as every module does, but codes and scales keep their dtypes."""
+        if "weight_scale" in self._parameters:  # which a cast would change in place
+            weight_scale = self._parameters.pop("weight_scale")
+            super()._apply(fn, recurse)
+            moved = weight_scale.to(self.weight.device)
+            self.register_parameter("weight_scale", nn.Parameter(moved, requires_grad=False))
+            self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
+            return self
         codes, weight_scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)
         # What a cast makes of a float weight shows on an empty one.

@@ -10,9 +10,11 @@ from transformers.core_model_loading import ConversionOps
 
 from int8compile.config import Int8Config
 from int8compile.errors import CheckpointError
+from int8compile.integrations.transformers.parallel import quantize_shard
 from int8compile.modules.inplace import is_float_linear, matrix_shape
 from int8compile.modules.int8_experts import Int8Experts
 from int8compile.modules.int8_linear import Int8Linear, is_conv1d
+from int8compile.torch_internals.dtensors import is_dtensor
 from int8compile.weights.formats import SCALE, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
 
@@ -41,6 +43,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
                 continue
             expected = (module.out_features, module.in_features)
             expected = expected[::-1] if module.stored_transposed else expected
+            if is_dtensor(module.weight):
+                result |= _tensors(path, quantize_shard(value, module.weight))
+                self.loaded.add(path)
+                continue
             if tuple(value.shape) != expected:  # which transformers reports, or ignores if it is told to
                 _to_float_skeleton(model, path, module, missing_keys)
                 result[key] = value

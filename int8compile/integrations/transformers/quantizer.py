@@ -39,6 +39,7 @@ from int8compile.integrations.transformers.experts import (
     int8_weights,
 )
 from int8compile.integrations.transformers.loading import Deserialize, Quantize, Reading, untie_
+from int8compile.integrations.transformers.parallel import is_tensor_parallel, refused_experts, replicate_scales
 from int8compile.integrations.transformers.saving import (
     ignored,
     linear_paths,
@@ -182,7 +183,18 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.refused = refused_linears(model, self.dtype)
+        if is_tensor_parallel(model):
+            self.refused |= refused_experts(model, self.config)
         skeleton_(model, self.config, self.refused)
+        if is_tensor_parallel(model):
+            for module in model.modules():
+                if isinstance(module, Int8Linear):
+                    module.hold_parameters_()
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        if is_tensor_parallel(model):
+            replicate_scales(model, plan)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")

@@ -14,6 +14,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from int8compile.config import WEIGHTS_ONLY
 from int8compile.integrations.transformers import bitsandbytes
 from int8compile.integrations.transformers.experts import int8_weights, name_on_disk, without_single_form
+from int8compile.integrations.transformers.parallel import gathered
 from int8compile.modules.inplace import is_float_linear
 from int8compile.modules.int8_experts import Int8Experts, is_experts, weight_names
 from int8compile.modules.int8_linear import Int8Linear
@@ -81,7 +82,7 @@ def state_dict(model: nn.Module, format: str, as_float: Collection[str] = ()) ->
     Args:
         as_float: paths of linears, and of experts' weights, whose codes are written as the floats that they stand for.
     """
-    result = model.state_dict()
+    result = {name: gathered(value) for name, value in model.state_dict().items()}
     written: set[int] = set()
     marked = _put_linears(result, model, format, as_float, written) or format != "int8compile"
     for path, module, _ in int8_weights(model):
