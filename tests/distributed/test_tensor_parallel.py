@@ -15,6 +15,11 @@ def test_linears_run_on_their_shards():
 
 
 @pytest.mark.slow
+def test_a_process_that_dies():
+    run_processes(tensor_parallel.a_process_dies, 2)
+
+
+@pytest.mark.slow
 def test_through_inductor():
     run_processes(tensor_parallel.through_inductor, 2)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from compiling import compile_eager, int8_linear
@@ -192,8 +194,8 @@ def the_rest_stays_float(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     x = torch.randn(2 * world, 2 * WIDTH)
 
-    def run(weight: list[Any], of_x: list[Any], train: str = "", **options: Any) -> tuple[Reason, str]:
-        model = Linear().requires_grad_(False)
+    def run(weight: list[Any], of_x: list[Any], train: str = "", n: int = WIDTH, **options: Any) -> tuple[Reason, str]:
+        model = Linear(n=n).requires_grad_(False)
         for name in ("weight", "bias"):
             value = getattr(model.fc, name)
             layout = weight if name == "weight" else [Shard(0) if weight == [Shard(0)] else Replicate()]
@@ -218,6 +220,8 @@ def the_rest_stays_float(rank: int, world: int) -> None:
     assert run([Replicate()], [Replicate()])[0] is Reason.REWRITTEN
     assert run([Shard(0)], [Replicate()], train="bias") == (Reason.SHARDED, "gradients")
     assert run([Shard(0)], [Replicate()], train="weight")[0] is Reason.TRAINABLE
+    unequal = f"{WIDTH + 1} features in {world} unequal parts"
+    assert run([Shard(0)], [Replicate()], n=WIDTH + 1) == (Reason.SHARDED, unequal)
     assert run([Shard(1)], [Replicate()])[0] is Reason.SHARDED
     assert run([Shard(0)], [Shard(1)])[0] is Reason.SHARDED
 
@@ -231,6 +235,20 @@ def through_inductor(rank: int, world: int) -> None:
     noise = relative(torch.compile(model, backend="int8", options=options)(x), model(x))
     for batch in (x, outlying(2, 9, WIDTH)):
         assert 0 < relative(compiled(batch), model(batch)) < 1.5 * noise
+
+
+@torch.no_grad()
+def a_process_dies(rank: int, world: int) -> None:
+    """Then the others' next product of several processes raises, rather than to wait for it."""
+    mesh = init_device_mesh("cpu", (world,))
+    compiled = compile_eager(megatron(mesh, Block().eval()))
+    x = outlying(3, WIDTH)
+    compiled(x)
+    distributed.barrier()
+    if rank:
+        with pytest.raises(RuntimeError, match=r"(?i)closed|peer|timed out|connection"):
+            compiled(x)
+    os._exit(0)  # where the end of the process group would wait
 
 
 def the_essentials(rank: int, world: int) -> None:

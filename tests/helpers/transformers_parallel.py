@@ -6,6 +6,7 @@ import filecmp
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from compiling import compile_eager
@@ -93,5 +94,7 @@ def int8_models(rank: int, world: int, folder: str) -> None:
         whole.save_pretrained(f"{folder}/one")
     split.save_pretrained(f"{folder}/several")
     distributed.barrier()
+    with pytest.raises(ValueError, match="load the float one"):
+        _load(f"{folder}/one", world)
     for file in Path(folder, "one").glob("*.safetensors"):
         assert filecmp.cmp(file, Path(folder, "several", file.name), shallow=False), file.name

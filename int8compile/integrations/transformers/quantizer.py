@@ -182,6 +182,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized and is_tensor_parallel(model):
+            raise ValueError(
+                "an int8 checkpoint cannot be loaded under tensor parallelism: load the float one with "
+                "quantization_config=Int8Config(), or compile the float model with backend='int8'"
+            )
         self.refused = refused_linears(model, self.dtype)
         if is_tensor_parallel(model):
             self.refused |= refused_experts(model, self.config)
