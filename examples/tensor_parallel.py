@@ -20,7 +20,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def main(
     model: Annotated[str, typer.Option(help="transformers folder or hub id")] = MODEL,
     prompt: Annotated[str, typer.Option(help="text to continue; the model's tokenizer is needed")] = "",
-    tokens: Annotated[int, typer.Option(help="length of the continuation", min=1)] = 20,
+    tokens: Annotated[int, typer.Option(help="length of the continuation; 0: none", min=0)] = 20,
     check: Annotated[bool, typer.Option(help="compare with the whole model in one process")] = False,
 ) -> None:
     """Run a model under tensor parallelism in int8, and say what each process holds and sends."""
@@ -69,7 +69,7 @@ def main(
         if check:
             print(f"error against float, one process: {relative(alone, want):.4f}")
             print(f"error against float, {world} processes: {relative(logits, want):.4f}")
-    if prompt:
+    if prompt and tokens:
         network.forward = torch.compile(network.forward, backend="int8")
         out = network.generate(ids, max_new_tokens=tokens, do_sample=False, cache_implementation="static")
         if rank == 0:

@@ -5,6 +5,9 @@
     int8compile.quantize_(model)
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
+    shardable_(model)  # or, for FSDP2, which then gathers a byte a weight
+    fully_shard(model)
+
 Importing this file tells DTensor which layouts of an operator's arguments need no communication; it redistributes all
 others. (``torch.compile(model, backend="int8")`` of a float model under tensor parallelism needs none of this.)
 
@@ -123,6 +126,20 @@ def _input_gradient(grad: Any, weight: Any, weight_scale: Any, dtype: torch.dtyp
         _rule(Shard(last), whole, Shard(1), whole, None),
     ]
     return rules + [_rule(Shard(d), Shard(d), whole, whole, None) for d in range(last)]
+
+
+def shardable_(model: nn.Module) -> int:
+    """Keep codes and scales of a model's ``Int8Linear`` as Parameters without gradients, in place.
+
+    FSDP2 (``fully_shard``) shards Parameters, and leaves buffers whole in each process.
+
+    Returns:
+        how many modules were changed; those that hold Parameters already are not.
+    """
+    found = [m for m in model.modules() if isinstance(m, Int8Linear) and "weight" not in m._parameters]
+    for module in found:
+        module.hold_parameters_()
+    return len(found)
 
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):

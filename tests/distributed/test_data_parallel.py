@@ -76,6 +76,8 @@ def test_fsdp():
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [data_parallel.fully_sharded, data_parallel.replicated])
+@pytest.mark.parametrize(
+    "body", [data_parallel.fully_sharded, data_parallel.fully_sharded_int8, data_parallel.replicated]
+)
 def test_four_processes(body):
     run_processes(body, 4)

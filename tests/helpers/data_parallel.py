@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import int8compile
+from int8compile.integrations.dtensor import shardable_
 from int8compile.report import Reason
 from int8compile.weights.store import STORE
 
@@ -80,6 +81,31 @@ def fully_sharded(rank: int, world: int) -> None:
         STORE.clear()
         compiled(x)
         assert len(STORE) == 0, "an int8 model in each process would undo the sharding"
+
+
+@torch.no_grad()
+def fully_sharded_int8(rank: int, world: int) -> None:
+    """Int8 modules: what one process gives, eager and compiled, with a byte a weight in the shards."""
+    model, x = Net().eval(), torch.randn(world, 5, WIDTH)[rank]
+    int8compile.quantize_(model, {"min_features": 0})
+    whole = copy.deepcopy(model)
+    assert shardable_(whole) == 4
+    assert shardable_(whole) == 0
+    assert whole.half().layers[0].up.weight_scale.dtype == torch.float32  # type: ignore[union-attr,index]
+    whole = copy.deepcopy(model)
+    shardable_(whole)
+    for reshard in (True, False):
+        torch._dynamo.reset()
+        split = sharded(whole, reshard)
+        held = [p.to_local() for p in split.parameters() if p.dtype == torch.int8]
+        assert sum(p.numel() for p in held) == 4 * 2 * WIDTH * WIDTH // world
+        equal(split(x), model(x))
+        compiled = compile_eager(split)
+        for _ in range(2):
+            equal(compiled(x), model(x))
+    report = int8compile.last_report()
+    assert report is not None
+    assert {site.reason for site in report.sites} == {Reason.PREQUANTIZED}
 
 
 def replicated(rank: int, world: int) -> None:
