@@ -136,7 +136,7 @@ def shardable_(model: nn.Module) -> int:
     Returns:
         how many modules were changed; those that hold Parameters already are not.
     """
-    found = [m for m in model.modules() if isinstance(m, Int8Linear) and "weight" not in m._parameters]
+    found = [m for m in model.modules() if isinstance(m, Int8Linear) and not isinstance(m.weight, nn.Parameter)]
     for module in found:
         module.hold_parameters_()
     return len(found)

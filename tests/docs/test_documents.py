@@ -137,6 +137,8 @@ def check_command(command: str) -> None:
             check_options(app, "int8compile", words[1:])
     elif words[0] == "python":
         check_module(words[1:])
+    elif words[0] == "torchrun":
+        check_module(words[words.index("-m") :])
     elif words[0].startswith(".ci/"):
         assert (ROOT / words[0]).is_file()
     else:
