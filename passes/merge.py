@@ -55,8 +55,11 @@ def _merge(context: PassContext, run: list[fx.Node], lifted_of: dict[fx.Node, Li
     sizes = [int(value.shape[-1]) for value in values]
     sources = tuple(s for node in run for s in lifted_of[LinearCall.of(node).weight].sources)
     lifted = context.capture.lift(sources, lifted_of[call.weight].columns)
-    names = ("weight", "weight_scale", "columns", "column_weight")
-    joined = call._replace(bias=_joined_bias(context, run, sizes), **dict(zip(names, lifted.inputs, strict=False)))
+    columns, column_weight = lifted.column_inputs or (None, None)
+    bias = _joined_bias(context, run, sizes)
+    joined = LinearCall(
+        call.x, lifted.weight, lifted.weight_scale, bias, call.threshold, call.outlier_policy, columns, column_weight
+    )
     with context.capture.fake_mode:
         whole = values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
     product = context.call(first, linear, joined.args(), like=first, value=whole)

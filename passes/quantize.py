@@ -122,10 +122,12 @@ class Facts:
 
     def _may_be_calibrated(self, node: fx.Node, site: Site) -> bool:
         """Whether a calibration can know it: no experts, no rows of a parameter, no shard of a linear."""
+        weight = node.args[1]
         return (
             site.experts is None
             and node.target is LINEAR
-            and rows_of_constant(node.args[1]) is None
+            and isinstance(weight, fx.Node)
+            and rows_of_constant(weight) is None
             and self.shards(node, site.path) is None
         )
 

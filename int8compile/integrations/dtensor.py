@@ -50,23 +50,35 @@ def _rule(result: Placement, *arguments: Any, bias: int | None = None, given: An
     return [result], layouts
 
 
-@register_sharding(_ops.linear.default)
+@register_sharding(_ops.linear.default)  # type: ignore[untyped-decorator]
 def _linear(
-    x: Any, weight: Any, weight_scale: Any, bias: Any, threshold: float, outlier_policy: str = "column"
+    x: Any,
+    weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    threshold: float,
+    outlier_policy: str = "column",
+    columns: Any = None,
+    column_weight: Any = None,
 ) -> list[_Rule]:
     last, whole = x.ndim - 1, Replicate()
-    rule = functools.partial(_rule, bias=3, given=bias)
+
+    def rule(result: Placement, *arguments: Any, of_columns: Placement = whole) -> _Rule:
+        given = (None, None) if columns is None else (whole, of_columns)
+        return _rule(result, *arguments, None, None, *given, bias=3, given=bias)
+
     rules = [
-        rule(whole, whole, whole, whole, whole, None, None),
-        rule(Shard(last), whole, Shard(0), Shard(0), Shard(0), None, None),
-        rule(Partial(), Shard(last), Shard(1), whole, Partial(), None, None),
+        rule(whole, whole, whole, whole, whole),
+        rule(Shard(last), whole, Shard(0), Shard(0), Shard(0), of_columns=Shard(0)),
     ]
+    if columns is None:  # which are those of the whole x
+        rules.append(rule(Partial(), Shard(last), Shard(1), whole, Partial()))
     if outlier_policy != "column" or threshold == 0:
-        rules += [rule(Shard(d), Shard(d), whole, whole, whole, None, None) for d in range(last)]
+        rules += [rule(Shard(d), Shard(d), whole, whole, whole) for d in range(last)]
     return rules
 
 
-@register_sharding(_ops.scaled_mm.default)
+@register_sharding(_ops.scaled_mm.default)  # type: ignore[untyped-decorator]
 def _scaled_mm(
     codes: Any,
     row_scale: Any,
@@ -97,7 +109,7 @@ def _scaled_mm(
     return rules
 
 
-@register_sharding(_ops.grouped_linear.default)
+@register_sharding(_ops.grouped_linear.default)  # type: ignore[untyped-decorator]
 def _grouped_linear(
     x: Any, weight: Any, weight_scale: Any, offsets: Any, bias: Any, threshold: float, outlier_policy: str = "column"
 ) -> list[_Rule]:
@@ -111,12 +123,12 @@ def _grouped_linear(
     ]
 
 
-@register_sharding(_ops.quantize_rowwise.default)
+@register_sharding(_ops.quantize_rowwise.default)  # type: ignore[untyped-decorator]
 def _quantize_rowwise(x: Any, threshold: float) -> list[tuple[list[Placement], _Layouts]]:
     return [([Replicate(), Replicate(), Replicate()], [Replicate(), None])]
 
 
-@register_sharding(_ops.input_gradient.default)
+@register_sharding(_ops.input_gradient.default)  # type: ignore[untyped-decorator]
 def _input_gradient(grad: Any, weight: Any, weight_scale: Any, dtype: torch.dtype) -> list[_Rule]:
     """The transposed product, in floats."""
     last, whole = grad.ndim - 1, Replicate()

@@ -210,14 +210,22 @@ class Int8Linear(nn.Module):
 
     def hold_parameters_(self) -> None:
         """Keep codes and scales as Parameters that need no gradient: transformers shards those, and no buffers."""
+        if self._columns:
+            raise ValueError(
+                f"a module {self.in_features} x {self.out_features} has the columns of a calibration, which belong to "
+                "whole weights; expected modules that were quantised without one where weights are to be sharded"
+            )
         for name in ("weight", "weight_scale"):
-            self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
+            tensor = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._hf_quantized_needs_local_tp = True  # transformers calls the module on its shard, with plain tensors
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, casts and shares as every module does, but codes and scales keep their dtypes."""
         if "weight_scale" in self._parameters:  # which a cast would change in place
-            weight_scale = self._parameters.pop("weight_scale")
+            weight_scale = self.weight_scale
+            del self._parameters["weight_scale"]
             super()._apply(fn, recurse)
             moved = weight_scale.to(self.weight.device)
             self.register_parameter("weight_scale", nn.Parameter(moved, requires_grad=False))
