@@ -42,12 +42,12 @@ _Rule = tuple[list[Placement], _Layouts]
 _ops = torch.ops.int8compile
 
 
-def _rule(result: Placement, *arguments: Any, bias: int | None = None, given: Any = None) -> _Rule:
-    """Layouts of one result and of all arguments; of those that are no tensors, and of a bias that is None, None."""
-    layouts = [layout if isinstance(layout, Placement) else None for layout in arguments]
-    if bias is not None and given is None:
-        layouts[bias] = None
-    return [result], layouts
+def _rules(arguments: tuple[Any, ...], *layouts: tuple[Placement | None, ...]) -> list[_Rule]:
+    """One rule for each tuple: the result's layout, then those of the arguments; None of what is None or no tensor."""
+    return [
+        ([result], [None if value is None else layout for value, layout in zip(arguments, of_arguments, strict=True)])
+        for result, *of_arguments in layouts
+    ]
 
 
 @register_sharding(_ops.linear.default)  # type: ignore[untyped-decorator]
@@ -62,20 +62,15 @@ def _linear(
     column_weight: Any = None,
 ) -> list[_Rule]:
     last, whole = x.ndim - 1, Replicate()
-
-    def rule(result: Placement, *arguments: Any, of_columns: Placement = whole) -> _Rule:
-        given = (None, None) if columns is None else (whole, of_columns)
-        return _rule(result, *arguments, None, None, *given, bias=3, given=bias)
-
-    rules = [
-        rule(whole, whole, whole, whole, whole),
-        rule(Shard(last), whole, Shard(0), Shard(0), Shard(0), of_columns=Shard(0)),
+    layouts: list[tuple[Placement | None, ...]] = [
+        (whole, whole, whole, whole, whole, None, None, whole, whole),
+        (Shard(last), whole, Shard(0), Shard(0), Shard(0), None, None, whole, Shard(0)),
     ]
-    if columns is None:  # which are those of the whole x
-        rules.append(rule(Partial(), Shard(last), Shard(1), whole, Partial()))
+    if columns is None:  # which are features of the whole x
+        layouts.append((Partial(), Shard(last), Shard(1), whole, Partial(), None, None, None, None))
     if outlier_policy != "column" or threshold == 0:
-        rules += [rule(Shard(d), Shard(d), whole, whole, whole) for d in range(last)]
-    return rules
+        layouts += [(Shard(d), Shard(d), whole, whole, whole, None, None, whole, whole) for d in range(last)]
+    return _rules((x, weight, weight_scale, bias, None, None, columns, column_weight), *layouts)
 
 
 @register_sharding(_ops.scaled_mm.default)  # type: ignore[untyped-decorator]
@@ -92,21 +87,14 @@ def _scaled_mm(
 ) -> list[_Rule]:
     """As of ``linear``, but that codes, row scales and outliers are those of the whole x."""
     last, whole = x.ndim - 1, Replicate()
-
-    def rule(result: Placement, *arguments: Any) -> _Rule:
-        layouts = _rule(result, *arguments, bias=6, given=bias)
-        if outliers is None:
-            layouts[1][3] = None
-        return layouts
-
-    rules = [
-        rule(whole, whole, whole, whole, whole, whole, whole, whole, None, None),
-        rule(Shard(last), whole, whole, whole, whole, Shard(0), Shard(0), Shard(0), None, None),
-        rule(Partial(), Shard(1), whole, Shard(last), Shard(0), Shard(1), whole, Partial(), None, None),
+    layouts: list[tuple[Placement | None, ...]] = [
+        (whole, whole, whole, whole, whole, whole, whole, whole, None, None),
+        (Shard(last), whole, whole, whole, whole, Shard(0), Shard(0), Shard(0), None, None),
+        (Partial(), Shard(1), whole, Shard(last), Shard(0), Shard(1), whole, Partial(), None, None),
     ]
     if x.ndim == 2:  # else rows of codes in equal parts are not those of x's
-        rules.append(rule(Shard(0), Shard(0), Shard(0), Shard(0), whole, whole, whole, whole, None, None))
-    return rules
+        layouts.append((Shard(0), Shard(0), Shard(0), Shard(0), whole, whole, whole, whole, None, None))
+    return _rules((codes, row_scale, x, outliers, weight, weight_scale, bias, None, None), *layouts)
 
 
 @register_sharding(_ops.grouped_linear.default)  # type: ignore[untyped-decorator]
@@ -115,12 +103,12 @@ def _grouped_linear(
 ) -> list[_Rule]:
     """Each expert's matrix in shards, never its rows: where they end is said of all of them."""
     whole = Replicate()
-    rule = functools.partial(_rule, bias=4, given=bias)
-    return [
-        rule(whole, whole, whole, whole, whole, whole, None, None),
-        rule(Shard(1), whole, Shard(1), Shard(1), whole, Shard(1), None, None),
-        rule(Partial(), Shard(1), Shard(2), whole, whole, Partial(), None, None),
-    ]
+    return _rules(
+        (x, weight, weight_scale, offsets, bias, None, None),
+        (whole, whole, whole, whole, whole, whole, None, None),
+        (Shard(1), whole, Shard(1), Shard(1), whole, Shard(1), None, None),
+        (Partial(), Shard(1), Shard(2), whole, whole, Partial(), None, None),
+    )
 
 
 @register_sharding(_ops.quantize_rowwise.default)  # type: ignore[untyped-decorator]
@@ -132,12 +120,14 @@ def _quantize_rowwise(x: Any, threshold: float) -> list[tuple[list[Placement], _
 def _input_gradient(grad: Any, weight: Any, weight_scale: Any, dtype: torch.dtype) -> list[_Rule]:
     """The transposed product, in floats."""
     last, whole = grad.ndim - 1, Replicate()
-    rules = [
-        _rule(whole, whole, whole, whole, None),
-        _rule(Partial(), Shard(last), Shard(0), Shard(0), None),
-        _rule(Shard(last), whole, Shard(1), whole, None),
-    ]
-    return rules + [_rule(Shard(d), Shard(d), whole, whole, None) for d in range(last)]
+    rows = [(Shard(d), Shard(d), whole, whole, None) for d in range(last)]
+    return _rules(
+        (grad, weight, weight_scale, None),
+        (whole, whole, whole, whole, None),
+        (Partial(), Shard(last), Shard(0), Shard(0), None),
+        (Shard(last), whole, Shard(1), whole, None),
+        *rows,
+    )
 
 
 def shardable_(model: nn.Module) -> int:

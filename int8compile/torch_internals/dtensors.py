@@ -56,6 +56,11 @@ def from_local() -> Any:
     return kind.from_local
 
 
+def layouts_can_be_written() -> bool:
+    """Whether a graph's code can hold placements, as that of newer torch does."""
+    return hasattr(sys.modules[_MODULE].Shard, "__fx_repr__")
+
+
 def shard_dim(placement: Any) -> int | None:
     """The dimension that a placement shards; None for one that replicates.
 

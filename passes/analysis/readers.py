@@ -28,7 +28,8 @@ class LinearCall(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> LinearCall:
-        return cls(**arguments(node))
+        given = arguments(node)
+        return cls(*(given[name] for name in cls._fields))
 
     def args(self) -> tuple[Any, ...]:
         """Those of a call, without columns where there are none."""
@@ -45,7 +46,7 @@ def readers(graph: fx.Graph, context: PassContext, effects: Effects) -> list[lis
     where = regions(graph, context.grad_enabled)
     runs_of: dict[object, list[list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=linear):
-        if not node.users:  # the user's own, which nobody reads
+        if not node.users or arguments(node)["columns"] is not None:  # the user's own: unread, or with columns given
             continue
         call, out = LinearCall.of(node), meta_tensor(node)
         columns = columns_of.get(call.weight, call.columns)

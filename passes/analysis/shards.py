@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from int8compile.graph.dump import meta_tensor
-from int8compile.torch_internals.dtensors import is_dtensor, is_partial_sum, shard_dim
+from int8compile.torch_internals.dtensors import is_dtensor, is_partial_sum, layouts_can_be_written, shard_dim
 
-#: what a placement may be for an operand, as above: None for Replicate, else the sharded dimension
+#: how a bias is sharded where the weight is in this way; None for Replicate, else the dimension
 _BIAS = {None: None, 0: 0, 1: None}
 
 
@@ -52,6 +52,8 @@ def match_shards(node: fx.Node, *, rows: bool) -> Shards | None:
         return None
     if not all(map(is_dtensor, given)):
         return Shards(refusal="beside plain tensors")
+    if not layouts_can_be_written():
+        return Shards(refusal="torch 2.13 is needed")
     return _match(x, weight, bias, out, rows)
 
 

@@ -15,6 +15,7 @@ from torch import distributed
 
 import int8compile
 from int8compile.integrations.transformers import Int8Config
+from int8compile.report import Reason
 
 LLAMA = transformers.LlamaConfig(
     hidden_size=128,
@@ -96,5 +97,11 @@ def int8_models(rank: int, world: int, folder: str) -> None:
     distributed.barrier()
     with pytest.raises(ValueError, match="load the float one"):
         _load(f"{folder}/one", world)
+    mixture = _load(_saved(MIXTRAL, f"{folder}/mixture", rank), world, quantization_config=Int8Config())
+    reasons = {site.path: site.reason for site in mixture.hf_quantizer.report.sites}
+    assert reasons["model.layers.0.mlp.experts.down_proj"] is Reason.EXPERTS
+    assert reasons["model.layers.0.self_attn.q_proj"] is Reason.PREQUANTIZED
+    want = _load(f"{folder}/mixture")(IDS, use_cache=False).logits
+    assert 0 < relative(mixture(IDS, use_cache=False).logits, want) < 0.05
     for file in Path(folder, "one").glob("*.safetensors"):
         assert filecmp.cmp(file, Path(folder, "several", file.name), shallow=False), file.name

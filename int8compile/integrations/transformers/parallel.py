@@ -31,7 +31,7 @@ def is_tensor_parallel(model: Any) -> bool:
 
 
 def refused_experts(model: nn.Module, config: Int8Config) -> dict[str, tuple[Reason, str]]:
-    """Experts, by their paths: their int8 modules do not shard. (``backend="int8"`` takes float ones' shards.)"""
+    """Experts, by their paths: their int8 modules do not shard. (The backend takes float ones on their shards.)"""
     paths = [path for found in find_experts(model, config) for path in found.paths]
     return dict.fromkeys(paths, (Reason.EXPERTS, "under tensor parallelism"))
 
