@@ -37,7 +37,7 @@ from int8compile import ops  # noqa: F401 (which registers the operators)
 from int8compile.modules.int8_linear import Int8Linear
 
 _Layouts = list[Placement | None]
-_Rule = tuple[list[Placement], _Layouts]
+_Rule = tuple[_Layouts, _Layouts]
 
 _ops = torch.ops.int8compile
 
