@@ -238,6 +238,8 @@ def unknown(module: nn.Module) -> str | None:
     flags = {flag: getattr(module, flag, None) for flag in _FLAGS}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         return f"flags {flags}"
+    if name := _of_its_class(module):
+        return f"a gate that needs {name} of its class"
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if implementation not in _IMPLEMENTATIONS:
         return f"experts_implementation={implementation!r}"
@@ -260,6 +262,14 @@ def _wrong_weight(module: nn.Module, transposed: bool, has_bias: bool) -> str | 
 
 def _own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and not hasattr(module, "_hf_hook")  # which is accelerate's doing
+
+
+def _of_its_class(module: nn.Module) -> str | None:
+    """A name that the gate's code may mean by ``self``'s and that ``Int8Experts`` does not have; or None."""
+    gate = getattr(type(module), "_apply_gate", None) if module.has_gate else None
+    names = getattr(getattr(gate, "__code__", None), "co_names", ())
+    missing = (n for n in names if hasattr(type(module), n) and not hasattr(Int8Experts, n))
+    return "_apply_gate" if "_apply_gate" in vars(module) else next(missing, None)
 
 
 def _interface(forward: Any) -> object:

@@ -10,12 +10,12 @@ import torch
 from model_zoo import ZOO, output
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist
 
 from int8compile import Int8Experts, Int8Linear, Reason, dequantize_, quantize_
 from int8compile.checkpoints.convert import quantize_folder
-from int8compile.errors import OptionValueError
+from int8compile.errors import CheckpointError, OptionValueError
 from int8compile.integrations.transformers import Int8Config, Int8Quantizer, save_pretrained
 from int8compile.weights.formats import FORMATS
 
@@ -236,6 +236,39 @@ def test_experts_that_the_float_checkpoint_lacks_are_new_floats(tmp_path, name):
     assert second.down_proj.dtype == torch.float32
     assert second.down_proj.isfinite().all()
     assert 0 < second.down_proj.std() < 1
+
+
+@pytest.mark.parametrize("lost", ["experts.down_proj", "experts.down_proj_bias", "experts.gate_up_proj"])
+def test_experts_of_which_a_part_is_missing_are_refused(tmp_path, lost):
+    float_folder(tmp_path, "gpt-oss")
+    change(tmp_path / "float", **{lost.replace(".", "__"): lambda t: None})
+    with pytest.raises(CheckpointError, match=f"{lost} is missing"):
+        load(tmp_path / "float", quantization_config=CONFIG)
+
+
+def test_other_numbers_of_experts(tmp_path):
+    model, inputs = float_folder(tmp_path, "Mixtral")
+    config = AutoConfig.from_pretrained(tmp_path / "float", num_local_experts=3)
+    given = {"config": config, "quantization_config": CONFIG}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path / "float", **given)
+    loaded = load(tmp_path / "float", ignore_mismatched_sizes=True, **given)
+    experts = loaded.model.layers[0].mlp.experts
+    assert type(experts) is type(model.model.layers[0].mlp.experts)
+    assert (experts.down_proj.shape, experts.down_proj.dtype) == ((3, 32, 64), torch.float32)
+    assert run(loaded, inputs).isfinite().all()
+
+
+def test_experts_that_are_there_twice_are_refused(tmp_path, caplog):
+    _, loaded, _ = saved(tmp_path)
+    state = entries_of(tmp_path / "int8")
+    for name in ("down_proj", "down_proj_scale"):
+        entry = getattr(loaded.model.layers[0].mlp.experts, name)
+        state[f"model.layers.0.block_sparse_moe.experts.{name}"] = entry.clone()
+    save_file(state, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level("WARNING", logger="transformers"), pytest.raises(RuntimeError, match="CONVERSION"):
+        load(tmp_path / "int8")
+    assert "down_proj is there twice" in caplog.text
 
 
 def test_sixteen_bits_and_a_dequantised_model(tmp_path):

@@ -322,6 +322,17 @@ class Other(Plain):
         return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
 
 
+class WithConstant(Plain):
+    scale = 2.0
+
+    def _apply_gate(self, gate_up):
+        return super()._apply_gate(gate_up) * self.scale
+
+
+def own_gate(module):
+    module._apply_gate = lambda gate_up: gate_up[..., :INNER]
+
+
 def wrong_shape(module):
     module.down_proj = nn.Parameter(torch.randn(E + 1, H, INNER))
 
@@ -350,11 +361,22 @@ def subclass(module):
 
 
 @pytest.mark.parametrize(
-    "change", [wrong_shape, own_forward, parametrized, unknown_implementation, two_dtypes, subclass, None]
+    "change",
+    [
+        wrong_shape,
+        own_forward,
+        own_gate,
+        parametrized,
+        unknown_implementation,
+        two_dtypes,
+        subclass,
+        Other,
+        WithConstant,
+    ],
 )
 def test_what_is_not_known_stays_float(change):
-    module = made(Plain if change else Other)
-    if change:
+    module = made(change if isinstance(change, type) else Plain)
+    if not isinstance(change, type):
         change(module)
     model = nn.ModuleDict({"experts": module})
     report = int8compile.quantize_(model, {"min_features": 0})

@@ -3,6 +3,7 @@
 ``quantizer``     the configuration and the quantisation method "int8compile", which transformers calls
 ``loading``       quantises or accepts a linear's entries of a checkpoint
 ``experts``       does so for experts, which transformers stacks and takes apart
+``after_loading`` completes what a checkpoint lacked, and refuses what cannot be
 ``saving``        makes a model's state dict in each format
 ``bitsandbytes``  finds the linears that bitsandbytes has in int8
 """

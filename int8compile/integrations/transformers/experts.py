@@ -206,6 +206,9 @@ class ReadExperts(Reading):
         **kwargs: Any,
     ) -> Entries:
         path, _, name = full_layer_name.rpartition(".")
+        if twice := set(input_dict).difference(source_patterns):
+            problem = f"is there twice, as {', '.join(sorted(twice | set(source_patterns)))}"
+            raise CheckpointError(full_layer_name, problem, "one entry, or one of each expert")
         found = {p: value if isinstance(value, list) else [value] for p, value in input_dict.items()}
         input_dict.clear()  # what is stacked is to be freed one by one
         scales = {p: found.pop(p) for p in list(found) if p.removesuffix("$").endswith(SCALE)}

@@ -30,8 +30,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import int8compile
 from int8compile import config as core
-from int8compile.errors import CheckpointError, OptionNameError, OptionValueError
+from int8compile.errors import OptionNameError, OptionValueError
 from int8compile.integrations.transformers import bitsandbytes
+from int8compile.integrations.transformers.after_loading import check_offload, check_whole, initialize_missing
 from int8compile.integrations.transformers.experts import (
     conversions_for_loading,
     conversions_for_quantizing,
@@ -50,7 +51,7 @@ from int8compile.integrations.transformers.saving import (
 from int8compile.modules.inplace import dequantize_, find_linears, report_of, skeleton_
 from int8compile.modules.int8_experts import Int8Experts, is_experts
 from int8compile.modules.int8_linear import Int8Linear, Int8MasterLinear
-from int8compile.modules.places import carry_hooks, is_offloaded
+from int8compile.modules.places import carry_hooks
 from int8compile.report import UNMATCHED, Reason, Report
 from int8compile.selection import weight_only_by
 from int8compile.weights.formats import FORMATS
@@ -232,10 +233,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return dtype if is_float and not ours and dtype is not None and dtype.is_floating_point else None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _initialize_missing(model, self.loaded)
+        initialize_missing(model, self.loaded)
         self._copy_tied(model)
-        _check_offload(model)
-        _check_whole(model)
+        check_offload(model)
+        check_whole(model)
         self.attach_(model)
         log.info("int8: %s", self.report.summary())
         if self.report.unmatched and not self.pre_quantized:
@@ -408,55 +409,3 @@ def refused_linears(
     if format == "bitsandbytes":
         there |= {path for path, module in model.named_modules(remove_duplicate=False) if is_experts(module)}
     return dict.fromkeys(there, (Reason.SKIPPED, "float to bitsandbytes")) | refused
-
-
-def _initialize_missing(model: Any, loaded: set[str]) -> None:
-    """Linears that the checkpoint does not have (a new head) become float ones, initialised as the model does it.
-
-    So do experts' weights, and the modules of experts that have no int8 weight then.
-    """
-    for path, module in list(model.named_modules()):
-        if isinstance(module, Int8Experts):
-            _initialize_experts(model, path, module, loaded)
-        if not isinstance(module, Int8Linear) or path in loaded:
-            continue
-        device = module.weight.device if not module.weight.is_meta else torch.device("cpu")
-        new = module.to_empty(device=device).to_float()
-        carry_hooks(module, new)
-        model.set_submodule(path, new)
-        model._init_weights(new)
-
-
-def _initialize_experts(model: Any, path: str, module: Int8Experts, loaded: set[str]) -> None:
-    missing = [name for name in module.int8 if f"{path}.{name}" not in loaded]
-    if missing and len(missing) < len(module.int8):
-        raise CheckpointError(f"{path}.{missing[0]}", "is missing", "it beside the experts' other weight")
-    for name in missing:
-        module.dequantize_weight_(name)
-    if not module.int8:
-        new = module.to_float()
-        carry_hooks(module, new)
-        model.set_submodule(path, new)
-        if missing:
-            model._init_weights(new)
-
-
-def _check_whole(model: Any) -> None:
-    """Refuse experts whose processes each hold all of them, and of whose results the parallel plan takes the sum."""
-    how = getattr(model.config, "distributed_config", None)
-    split = [name for name in ("tp_size", "ep_size") if (getattr(how, name, None) or 1) > 1]
-    if split and (key := next((key for key, *_ in int8_weights(model)), None)) is not None:
-        raise ValueError(
-            f"{split[0]}={getattr(how, split[0])} splits experts between processes, which int8 ones ({key}) are not: "
-            "leave them in float by llm_int8_skip_modules=['experts'], or compile the float model with backend='int8'"
-        )
-
-
-def _check_offload(model: nn.Module) -> None:
-    for module in model.modules():
-        hook: Any = getattr(module, "_hf_hook", None)
-        if isinstance(module, (Int8Linear, Int8Experts)) and is_offloaded(module) and not hook.offload_buffers:
-            raise ValueError(
-                "device_map offloads int8 weights, which are buffers: pass offload_buffers=True to from_pretrained, "
-                "or they would all be moved to the execution device"
-            )
