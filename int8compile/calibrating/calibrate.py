@@ -10,7 +10,7 @@ import torch
 
 from int8compile.calibrating.choosing import choices, spend, worst
 from int8compile.calibrating.observing import Group, Observer
-from int8compile.calibrating.running import evaluating, linears_of, run, tracked, weight_rows
+from int8compile.calibrating.running import evaluating, linears_of, run, several, tracked, weight_rows
 from int8compile.calibration import CalibratedSite, Calibration
 from int8compile.config import Int8Config
 from int8compile.errors import CalibrationError
@@ -61,7 +61,7 @@ def calibrate(
     observer = Observer(linears, call)
     count = 0
     with evaluating(module), observer.watching():
-        for batch in tracked(batches, "calibrate", progress):
+        for batch in tracked(several(batches, call), "calibrate", progress):
             observer.batch = count
             run(module, batch, call)
             count += 1

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from int8compile.calibrating.running import evaluating, linears_of, main_argument, run, tracked
+from int8compile.calibrating.running import evaluating, linears_of, main_argument, run, several, tracked
 from int8compile.config import Int8Config
 from int8compile.errors import CalibrationError
 from int8compile.modules.inplace import Found
@@ -133,7 +133,7 @@ def compare(
     if options.llm_int8_has_fp16_weight:
         raise CalibrationError(f"{call}: llm_int8_has_fp16_weight=True has no int8 weights; expected False")
     module, linears = linears_of(model, options, call)
-    held = list(batches)
+    held = list(several(batches, call))
     if not held:
         raise CalibrationError(f"{call}: batches is empty; expected what the model is called with")
     with evaluating(module):

@@ -49,6 +49,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def several(batches: Iterable[Any], call: str) -> Iterable[Any]:
+    """The batches, which a lone tensor or dict is not.
+
+    Raises:
+        CalibrationError: they are one batch, or nothing that could hold some.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"{call}: batches is {type(batches).__name__}; expected a list of batches, or anything that gives them one "
+            "by one; of one batch a list is [batch]"
+        )
+    return batches
+
+
 def run(model: nn.Module, batch: Any, call: str) -> tuple[Any, Any]:
     """A call of the model on a batch: its main input, and what comes out.
 

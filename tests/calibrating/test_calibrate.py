@@ -160,6 +160,9 @@ def test_float_weights_are_bought_where_int8_changes_most():
     ("subject", "given", "problem"),
     [
         (model, lambda: [], "batches is empty"),
+        (model, lambda: torch.zeros(2, 128), "batches is Tensor; expected a list of batches"),
+        (model, lambda: {"x": torch.zeros(2, 128)}, "batches is dict; expected a list of batches"),
+        (model, lambda: 3, "batches is int; expected a list of batches"),
         (model, lambda: [3], "a batch is int; expected a tensor, or the model's arguments"),
         (model, lambda: [()], "a batch is tuple and empty"),
         (model, lambda: [torch.full((2, 128), float("nan"))], "q is given NaN or infinite values in batch 0"),
