@@ -129,7 +129,8 @@ class Calibration:
         values = self.to_dict()
         for site in values["sites"].values():
             del site["columns"]
-        with replaced(target, f"calibration.save({str(path)!r})") as whole:
+        # safetensors makes files that nobody else may read.
+        with replaced(target, f"calibration.save({str(path)!r})", None if target.exists() else 0o644) as whole:
             save_file(columns, whole, {_HEADER: json.dumps({**values, "digest": self.digest})})
         self.path = str(target)
         return target

@@ -79,7 +79,7 @@ class Comparison:
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("linear")
+        table.add_column("linear", overflow="fold")
         for column in ("K x N", "SQNR, dB", "outlier columns", "change of loss"):
             table.add_column(column, justify="right", no_wrap=True)
         for site in sorted(self.sites, key=_badness):
