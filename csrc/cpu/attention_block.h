@@ -5,10 +5,7 @@
 // weights, and add them times the values to their outputs. (Where there are few rows in all, nothing is packed.) A row keeps its largest score so far; where that grows, what
 // was summed up before is scaled down (Milakov and Gimelshein, 2018; Dao et al., 2022).
 //
-// What a mask hides is left out where that changes nothing: a hidden score's weight is 0, and 0 times its value is 0,
-// unless something is not finite. So before anything is left out, the magnitudes of queries, keys and values show that no
-// score can overflow and no value is infinite or NaN. With causal attention, which sees no such keys at all, there is
-// nothing to show.
+// What a mask hides is left out where that changes nothing (attention_sight.h).
 
 #pragma once
 
@@ -20,16 +17,14 @@
 #include "attention_few.h"
 #include "attention_mask.h"
 #include "attention_product.h"
+#include "attention_sight.h"
 #include "softmax.h"
 
 namespace int8compile {
 namespace {
 
-// exp() of less is 0.
-constexpr float kNegligible = -120.0f;
-
 template <class Form>
-class Block {
+class Block : Sight<typename Form::Vec> {
  public:
   using Vec = typename Form::Vec;
   using Element = typename Form::Element;
@@ -37,7 +32,7 @@ class Block {
   // Rows whose softmax is taken at a time: enough to work on one while another waits, few enough to stay in L1.
   static constexpr int kRows = (3 * Form::rows >= kFewRows ? 3 : kFewRows / Form::rows) * Form::rows;
 
-  explicit Block(const QueryBlock& block) : block_(block), call_(*block.call) {
+  explicit Block(const QueryBlock& block) : Sight<Vec>(block) {
     lay_out(static_cast<char*>(block.scratch));
   }
 
@@ -51,17 +46,15 @@ class Block {
   }
 
  private:
-  // How the scores of a block of keys become those that the softmax is taken of.
-  enum class See { nothing, all, added, up_to };
+  using Base = Sight<Vec>;
+  using typename Base::See;
+  using Base::block_, Base::call_, Base::rows_, Base::query_magnitude_, Base::largest_, Base::mask_, Base::visible_;
+  using Base::visible_keys;
 
-  const QueryBlock& block_;
-  const Attention& call_;
-  int64_t rows_, steps_, query_stride_, value_stride_, mask_head_step_, mask_row_step_, bytes_ = 0;
-  float query_magnitude_ = 0;
+  int64_t steps_, query_stride_, value_stride_, bytes_ = 0;
   Element *queries_, *keys_, *values_, *weights_;
   float* total_;  // [rows][width], a row's sum in parts
-  float *out_, *largest_, *mask_, *scores_;
-  int32_t* visible_;  // how many keys of a block the rows of mask_ see, hidden ones at the end left out
+  float *out_, *scores_;
 
   template <class T>
   void take(char* memory, T*& array, int64_t count) {
@@ -70,15 +63,9 @@ class Block {
   }
 
   void lay_out(char* memory) {
-    const int64_t group = call_.group();
-    rows_ = group * block_.count;
     steps_ = (call_.width + Form::pair - 1) / Form::pair;
     query_stride_ = round_up(call_.width, width * Form::pair);
     value_stride_ = round_up(call_.value_width, width);
-    const bool one_row = call_.mask_type == MaskType::none || call_.mask.row == 0;
-    mask_row_step_ = one_row && !call_.causal ? 0 : 1;
-    mask_head_step_ = block_.mask_heads > 1 ? (mask_row_step_ == 0 ? 1 : block_.count) : 0;
-    const int64_t mask_rows = (block_.mask_heads > 1 ? group : 1) * block_.count;
     take(memory, queries_, rows_ * query_stride_);
     take(memory, keys_, round_up(steps_, width) * kKeyBlock * Form::pair);
     take(memory, values_, kKeyBlock * value_stride_);
@@ -86,9 +73,9 @@ class Block {
     take(memory, out_, rows_ * value_stride_);
     take(memory, largest_, rows_ + width);
     take(memory, total_, rows_ * width);
-    take(memory, mask_, mask_rows * kKeyBlock);
+    take(memory, mask_, this->mask_rows() * kKeyBlock);
     take(memory, scores_, kRows * kKeyBlock);
-    take(memory, visible_, mask_rows);
+    take(memory, visible_, this->mask_rows());
   }
 
   void run() {
@@ -109,7 +96,7 @@ class Block {
     }
     for (int64_t key = 0; key < call_.keys; key += kKeyBlock) {
       const int64_t here = call_.keys - key < kKeyBlock ? call_.keys - key : kKeyBlock;
-      const See see = seen<T>(key, here);
+      const See see = this->template seen<T>(key, here);
       if (see == See::nothing) {
         continue;
       }
@@ -141,95 +128,6 @@ class Block {
       if (call_.mask_type != MaskType::none) {
         const float most = magnitude_of<Vec>(from, call_.query.row, block_.count, call_.width);
         query_magnitude_ = most > query_magnitude_ ? most : query_magnitude_;
-      }
-    }
-  }
-
-  // What the queries see of a block of keys; fills mask_ and visible_ unless that is all or nothing.
-  template <class T>
-  See seen(int64_t key, int64_t count) {
-    if (call_.causal) {
-      if (key > block_.first + block_.count - 1) {
-        return See::nothing;
-      }
-      if (key + kKeyBlock - 1 <= block_.first && count == kKeyBlock) {
-        return See::all;
-      }
-      fill_causal(key, count);
-      return See::up_to;
-    }
-    MaskSummary of_block = {0.0f, true};
-    if (block_.summaries != nullptr) {
-      of_block = block_.summaries[key / kKeyBlock];
-      for (int64_t head = 1; head < block_.mask_heads; ++head) {
-        const MaskSummary& next = block_.summaries[head * block_.summary_stride + key / kKeyBlock];
-        of_block.largest = next.largest > of_block.largest ? next.largest : of_block.largest;
-        of_block.zero = of_block.zero && next.zero;
-      }
-    }
-    if (of_block.zero && count == kKeyBlock) {
-      return See::all;
-    }
-    const float reach = of_block.zero ? 0.0f : largest_score<T>(key, count);
-    if (!of_block.zero && reach <= kLargestFloat && is_negligible(of_block.largest + reach)) {
-      return See::nothing;
-    }
-    fill_mask(key, count, reach <= kLargestFloat);
-    return See::added;
-  }
-
-  // What no score's magnitude exceeds; infinity where something is, or may be, not finite.
-  template <class T>
-  float largest_score(int64_t key, int64_t count) const {
-    const T* keys = row_of<T>(call_.key, block_.batch, block_.kv_head, key);
-    const T* values = row_of<T>(call_.value, block_.batch, block_.kv_head, key);
-    const float value = magnitude_of<Vec>(values, call_.value.row, count, call_.value_width);
-    const float product =
-        float(call_.width) * (query_magnitude_ * magnitude_of<Vec>(keys, call_.key.row, count, call_.width));
-    const float score = product * (call_.scale < 0 ? -call_.scale : call_.scale);
-    const bool finite = value <= kLargestFloat && product <= kLargestFloat && score <= kLargestFloat;
-    return finite ? score : std::numeric_limits<float>::infinity();
-  }
-
-  // Whether scores up to `most` get weights of 0 from every row.
-  bool is_negligible(float most) const {
-    if (most == kMinusInfinity) {
-      return true;
-    }
-    for (int64_t row = 0; row < rows_; ++row) {
-      if (!(most - largest_[row] < kNegligible)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  void fill_causal(int64_t key, int64_t count) {
-    for (int64_t i = 0; i < block_.count; ++i) {
-      const int64_t most = block_.first + i + 1 - key, ends = most < 0 ? 0 : most < count ? most : count;
-      visible_[i] = int32_t(ends);
-      for (int64_t j = 0; j < kKeyBlock; ++j) {
-        mask_[i * kKeyBlock + j] = j < ends ? -kMinusInfinity : kMinusInfinity;
-      }
-    }
-  }
-
-  // With `exact`, hidden keys behind the last that is visible may be left out.
-  void fill_mask(int64_t key, int64_t count, bool exact) {
-    const int64_t heads = mask_head_step_ == 0 ? 1 : call_.group(), rows = mask_row_step_ == 0 ? 1 : block_.count;
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t index = head * mask_head_step_ + i;
-        float* to = mask_ + index * kKeyBlock;
-        mask_row<Vec>(call_, block_.batch, block_.kv_head * call_.group() + head, block_.first + i, key, count, to);
-        for (int64_t j = count; j < kKeyBlock; ++j) {
-          to[j] = kMinusInfinity;
-        }
-        int64_t ends = count;
-        while (exact && ends > 0 && to[ends - 1] == kMinusInfinity) {
-          --ends;
-        }
-        visible_[index] = int32_t(ends);
       }
     }
   }
@@ -267,41 +165,6 @@ class Block {
       const int64_t left = count - key < 0 ? 0 : count - key;
       Form::pack_values(from + key * stride, stride, left, call_.value_width, values_ + key * value_stride_);
     }
-  }
-
-  // The rows of `mask_` for rows of the block, one after another.
-  class MaskRows {
-   public:
-    MaskRows(const Block& block, int64_t row)
-        : block_(block), head_(row / block.block_.count), position_(row % block.block_.count) {}
-
-    int64_t next() {
-      const int64_t index = head_ * block_.mask_head_step_ + position_ * block_.mask_row_step_;
-      if (++position_ == block_.block_.count) {
-        position_ = 0;
-        ++head_;
-      }
-      return index;
-    }
-
-   private:
-    const Block& block_;
-    int64_t head_, position_;
-  };
-
-  // The keys of a block that rows of a product see, hidden ones at the end left out; sets the rows' masks.
-  int64_t visible_keys(int64_t row, int rows, See see, const float** masks) const {
-    if (see == See::all) {
-      return kKeyBlock;
-    }
-    MaskRows mask_rows(*this, row);
-    int64_t most = 0;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t index = mask_rows.next();
-      masks[r] = mask_ + index * kKeyBlock;
-      most = visible_[index] > most ? visible_[index] : most;
-    }
-    return round_up(most, width);
   }
 
   // Up to kRows rows on their way through a block of keys.
