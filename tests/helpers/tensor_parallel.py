@@ -151,7 +151,7 @@ def writes_are_seen(rank: int, world: int) -> None:
     row[:: WIDTH // world] = 5
     changes: list[Callable[[], object]] = [
         lambda: split.fc.weight.add_(distribute_tensor(row, mesh, [Shard(0)])),
-        lambda: split.fc.weight.to_local()[:1].mul_(-1),  # type: ignore[operator]
+        lambda: split.fc.weight.to_local()[:1].mul_(-1),  # type: ignore[operator,attr-defined]
         lambda: split.fc.weight.data.mul_(3),
         step,
         replace,
@@ -230,7 +230,7 @@ def the_rest_stays_float(rank: int, world: int) -> None:
 def through_inductor(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     model, x = Block().eval(), outlying(3, 5, WIDTH)
-    options = {"min_features": 0}
+    options: dict[str, Any] = {"min_features": 0}
     compiled = torch.compile(megatron(mesh, model), backend="int8", options=options, dynamic=True)
     noise = relative(torch.compile(model, backend="int8", options=options)(x), model(x))
     for batch in (x, outlying(2, 9, WIDTH)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ def _saved(config: Any, folder: str, rank: int) -> str:
         model.save_pretrained(folder)
     distributed.barrier()
     return folder
+
+
+def _contents(file: Path) -> tuple[Any, bytes]:
+    """Of a file of safetensors: its header, whose metadata come in any order, and all else."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
 
 
 def _load(folder: str, world: int = 1, **kwargs: Any) -> Any:
@@ -104,4 +111,4 @@ def int8_models(rank: int, world: int, folder: str) -> None:
     want = _load(f"{folder}/mixture")(IDS, use_cache=False).logits
     assert 0 < relative(mixture(IDS, use_cache=False).logits, want) < 0.05
     for file in Path(folder, "one").glob("*.safetensors"):
-        assert filecmp.cmp(file, Path(folder, "several", file.name), shallow=False), file.name
+        assert _contents(file) == _contents(Path(folder, "several", file.name)), file.name
