@@ -13,9 +13,10 @@ from fuzz.shrink import shrunk
 from int8compile.passes.analysis import Effects
 
 PROGRAMS, PARTS = 300, 10
+FAST = 6
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [*range(FAST), *(pytest.param(n, marks=pytest.mark.slow) for n in range(FAST, PARTS))])
 def test_random_programs(part):
     """Those of seeds 0 to 299; ``make fuzz`` goes on from there."""
     linears = in_int8 = 0
