@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from int8compile.config import CALIBRATED, OUTLIER_POLICIES, WEIGHTS_ONLY, Int8C
 from int8compile.errors import OptionValueError
 from int8compile.native import providers
 from int8compile.ops import linear, master_linear
-from int8compile.selection import treatment
+from int8compile.selection import PLAIN_TENSORS, treatment
 from int8compile.weights.formats import SERIALIZED, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
+from int8compile.weights.stamps import Stamp
 
 
 class Int8Linear(nn.Module):
@@ -78,7 +78,7 @@ class Int8Linear(nn.Module):
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
         self._columns = _checked_columns(columns, in_features)
         self._in_columns: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._taken_of: tuple[weakref.ref[torch.Tensor], int] | None = None
+        self._taken_of: Stamp | None = None
         if self._columns:
             self.threshold, self.outlier_policy = 0.0, CALIBRATED
         self.float_dtype = dtype or torch.get_default_dtype()
@@ -142,8 +142,7 @@ class Int8Linear(nn.Module):
         if not self._columns:
             out: torch.Tensor = linear(*operands)
             return out
-        if not torch.compiler.is_compiling() and not self._taken():
-            self._take_columns()
+        self._retake_columns()
         out = linear(*operands, self.columns, self.column_weight)
         return out
 
@@ -164,14 +163,21 @@ class Int8Linear(nn.Module):
         """Copy what the weight has in the columns, which is to be done whenever it may have changed."""
         if getattr(self, "_columns", ()):
             self._in_columns = self.int8_weight.in_columns(self._columns)
-            self._taken_of = weakref.ref(self.weight), _version(self.weight)
+            self._taken_of = None
 
-    def _taken(self) -> bool:
-        """Whether what was copied is of the weight as it is; some set a module's tensors past ``__setattr__``."""
-        if self._taken_of is None:
-            return False
-        weight, version = self._taken_of
-        return weight() is self.weight and version == _version(self.weight)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _retake_columns(self) -> bool:
+        """Copy them if the weight may not be what it was: some set tensors past ``__setattr__``, or write to them.
+
+        Where Dynamo traces a call this runs once, and a compiled graph has the operator's check alone.
+        """
+        is_plain = type(self.weight) in PLAIN_TENSORS
+        if torch.compiler.is_compiling() and not is_plain:  # a stand-in, in an export
+            return True
+        if self._taken_of is None or not self._taken_of.matches(self.weight):
+            self._take_columns()
+            self._taken_of = Stamp(self.weight) if is_plain else None
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which take what is in the columns anew at their first call."""
@@ -255,10 +261,6 @@ class Int8Linear(nn.Module):
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = int8_weight
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._take_columns()
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _checked_columns(columns: Sequence[int], in_features: int) -> tuple[int, ...]:

@@ -127,6 +127,20 @@ def _check(
     )
 
 
+def _check_taken(weight: torch.Tensor, columns: torch.Tensor, column_weight: torch.Tensor) -> None:
+    """Some rows of what was taken from the weight, on CPUs, show most writes to the weight since."""
+    if weight.device.type != "cpu":
+        return
+    count = weight.shape[0]
+    rows = [count * look // 4 for look in range(min(4, count))]
+    check(
+        torch.equal(column_weight[rows], weight[rows][:, columns.long()]),
+        "linear",
+        "column_weight is not what is in weight; expected weight[:, columns], taken anew where the weight is written "
+        "to (of a compiled Int8Linear: assign or load its weight, or call it once outside the compiled function)",
+    )
+
+
 def _given(tensor: torch.Tensor | None) -> str:
     return "absent" if tensor is None else "given"
 
@@ -157,6 +171,7 @@ def _reference(
     if outlier_policy == "all":
         return weight_only(x, weight, weight_scale, bias)
     if columns is not None and column_weight is not None:
+        _check_taken(weight, columns, column_weight)
         return calibrated(x, weight, weight_scale, bias, columns, column_weight)
     threshold = effective_threshold(threshold, outlier_policy)
     codes, row_scale, found = quantize_reference(x, threshold)

@@ -137,9 +137,30 @@ def test_columns_follow_the_weight_of_a_module():
     assert torch.equal(subject.q(x), before)
     assert torch.equal(copy.deepcopy(subject).q(x), before)
     assert torch.equal(pickle.loads(pickle.dumps(subject.q))(x), before)
+    subject.q.weight.data.neg_()  # which no version counts
+    torch.testing.assert_close(subject.q(x) - subject.q.bias, subject.q.bias - before)
+    with torch.inference_mode():
+        subject.q.weight = -subject.q.weight
+        assert torch.equal(subject.q(x), before)
+        subject.q.weight.neg_()  # nor this
+        torch.testing.assert_close(subject.q(x) - subject.q.bias, subject.q.bias - before)
     kept = subject.q.column_weight
     subject.q(x)
     assert subject.q.column_weight is kept  # and is not copied at each call
+
+
+def test_a_compiled_module_has_the_columns_of_its_weight_or_says_that_it_has_not():
+    subject = model()
+    int8compile.quantize_(subject, {"calibration": calibrate(subject, batches())})
+    q, x = subject.q, batches(1)[0]
+    q.weight.neg_()
+    compiled = torch.compile(copy.copy(q), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), q(x))
+    compiled.weight.neg_()
+    with pytest.raises(ValueError, match="of a compiled Int8Linear: assign or load its weight, or call it once"):
+        compiled(x)
+    compiled.weight = compiled.weight.clone()
+    assert torch.equal(compiled(x), q(x))
 
 
 def test_float_weights_are_bought_where_int8_changes_most():

@@ -192,6 +192,15 @@ def test_columns_are_features_in_ascending_order(columns):
             linear(*args)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 24])
+def test_columns_of_another_weight_are_refused(rows):
+    args = list(Problem(4, rows, 40, 3).args())
+    args[1] = args[1] + 1
+    for each in (linear, REFERENCES[linear]):
+        with pytest.raises(ValueError, match=r"expected weight\[:, columns\], taken anew"):
+            each(*args)
+
+
 def test_other_operators_know_no_columns():
     problem = Problem(4, 24, 40, 3)
     with pytest.raises(ValueError, match="outlier_policy='calibrated'; expected one of"):
