@@ -5,7 +5,8 @@ batch, a scale that is given, and no gradient. Query heads share key/value heads
 h // (H // Hkv).
 
 Native kernels (``csrc/cpu/attention.h``) leave out what a mask hides where that changes nothing: infinite and NaN keys
-and values reach the output through a mask, as they do in PyTorch's. A row whose keys are all hidden is 0. A score of
+and values reach the output through a mask, as they do in PyTorch's; under ``is_causal`` it depends on the kernels and
+sizes whether they reach the rows before them. A row whose keys are all hidden is 0. A score of
 +infinity makes its row NaN; PyTorch's CPU kernel (2.13) makes it 0 where tensors have 16 bits.
 """
 
