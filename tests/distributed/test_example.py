@@ -36,7 +36,7 @@ def model(tmp_path_factory: Any) -> str:
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [*command, "-m", "examples.tensor_parallel", *arguments],
         capture_output=True,
