@@ -8,6 +8,8 @@ For each dimension of the mesh, with x [..., K], weight [N, K], bias [N] and the
     Shard(-1)    Shard(1)     Replicate    Partial       row-wise: each has a summand of all outputs
     Shard(d)     Replicate    Replicate    Shard(d)      rows of x, if a row's result depends on no other row
 
+Results lie in equal parts: the shape of the whole is told from a shard's.
+
 Row-wise, a process quantises its own slice of x, with row scales and outlier columns of that slice. The dequantised
 summands are what is added up.
 """
@@ -18,6 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from int8compile.graph.dump import meta_tensor
 from int8compile.torch_internals.dtensors import is_dtensor, is_partial_sum, layouts_can_be_written, shard_dim
@@ -82,9 +85,18 @@ def _match(x: Any, weight: Any, bias: Any, out: Any, rows: bool) -> Shards:
             expected = _is_shard(out.placements[i], last if of_weight == 0 else of_x)
         if not expected:
             return Shards(refusal=f"{_layouts(x, weight)} to {out.placements}")
-        if of_weight == 0 and weight.shape[0] % mesh.size(i):
-            return Shards(refusal=f"{weight.shape[0]} features in {mesh.size(i)} unequal parts")
-    return Shards(math.prod(mesh.size(i) for i in partial))
+    return Shards(math.prod(mesh.size(i) for i in partial), refusal=_unequal_parts(out))
+
+
+def _unequal_parts(out: Any) -> str:
+    """Why the shape of the whole result is not that of a shard times their number; "" if it is."""
+    for dim, size in enumerate(out.shape):
+        dims = [i for i, placement in enumerate(out.placements) if _is_shard(placement, dim)]
+        parts = math.prod(out.device_mesh.size(i) for i in dims)
+        if parts > 1 and not statically_known_true(size % parts == 0):
+            what = "features" if dim == out.dim() - 1 else "rows"
+            return f"{size} {what} in {parts} unequal parts" if isinstance(size, int) else f"{what} of any number"
+    return ""
 
 
 def _is_shard(placement: Any, dim: int | None) -> bool:

@@ -38,7 +38,7 @@ def layouts_of_operators(rank: int, world: int) -> None:
     assert rows.placements == (Partial(),)
     slices = zip(x.chunk(world, -1), codes.chunk(world, 1), strict=True)
     expected = sum(linear(part, of_weight, scale, None, 6.0, "column") for part, of_weight in slices) + bias
-    torch.testing.assert_close(rows.full_tensor(), expected)
+    torch.testing.assert_close(rows.full_tensor(), expected, rtol=1e-5, atol=1e-4)  # sums in another order
 
     for policy, layout in (("column", whole), ("element", Shard(1))):
         out = linear(on(x, Shard(1)), on(codes, whole), on(scale, whole), on(bias, whole), 6.0, policy)
@@ -55,7 +55,7 @@ def layouts_of_operators(rank: int, world: int) -> None:
     placed = (on(quantized[0], Shard(1)), on(quantized[1], whole), on(flat, Shard(1)), on(quantized[2], Shard(0)))
     out = scaled_mm(*placed, on(codes, Shard(1)), on(scale, whole), on(bias, whole), torch.float32)
     assert out.placements == (Partial(),)
-    torch.testing.assert_close(out.full_tensor(), want)
+    torch.testing.assert_close(out.full_tensor(), want, rtol=1e-5, atol=1e-4)
 
     experts = [quantize_weight(torch.randn(n, k)) for _ in range(3)]
     codes, scale = (torch.stack([e[i] for e in experts]) for i in (0, 1))
