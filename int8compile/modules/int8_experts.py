@@ -118,7 +118,7 @@ class Int8Experts(nn.Module):
 
         Args:
             hidden_states: [T, H].
-            top_k_index: whole numbers [T, top_k]; a number of no expert (expert parallelism has such) adds nothing.
+            top_k_index: whole numbers [T, top_k]; one past the last expert (expert parallelism has such) adds nothing.
             top_k_weights: [T, top_k].
 
         Returns:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from int8compile.torch_internals.dtensors import local_of
+from int8compile.torch_internals.fsdp import gathered_storages
 from int8compile.torch_internals.tensors import is_fake, storage_key
 from int8compile.weights.int8_weight import FloatWeight, Int8Weight
 from int8compile.weights.stamps import unchanged_from_now
@@ -127,6 +128,10 @@ class LiftedInputs:
         storages = set(map(storage_key, weights))
         if self._overlap(args, storages):
             return None
+        gathered = gathered_storages()
+        if storages & gathered:  # of weights that a graph is given by another way than from FSDP's module
+            self._last = None
+            return [t for pair in zip(groups, self._inputs, strict=True) for t in self._beside(gathered, *pair)]
         unchanged = unchanged_from_now(weights)  # first: a change from here on is then seen
         for i in self._several:
             self._store.entry(groups[i])
@@ -135,3 +140,9 @@ class LiftedInputs:
         columns = [lifted.columns for lifted in self._inputs]
         self._last = unchanged, [*zip(map(weakref.ref, entries), columns, strict=True)], storages
         return [t for entry, of in zip(entries, columns, strict=True) for t in entry.inputs(of)]
+
+    def _beside(self, gathered: set[int], group: list[FloatWeight], lifted: LiftedInput) -> tuple[torch.Tensor, ...]:
+        """One lifted input, where FSDP gathers some weights: it is quantised anew if one of its own is among them."""
+        if any(storage_key(source.tensor) in gathered for source in group):
+            return Entry(Int8Weight.joined(group), ()).inputs(lifted.columns)
+        return self._store.entry(group).inputs(lifted.columns)

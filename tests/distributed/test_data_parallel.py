@@ -75,6 +75,11 @@ def test_fsdp():
 
 
 @needs_gloo
+def test_weights_that_fsdp_gathers_may_be_passed_on():
+    run_processes(data_parallel.weights_passed_on, 1)
+
+
+@needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "body", [data_parallel.fully_sharded, data_parallel.fully_sharded_int8, data_parallel.replicated]

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from compiling import compile_eager
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -132,3 +133,37 @@ def _parts(world: int) -> torch.Tensor:
     torch.manual_seed(0)
     Net()
     return torch.randn(world, 5, WIDTH)
+
+
+class Passing(nn.Module):
+    """Gives its weights to a compiled function as arguments, of which Dynamo does not say that they are FSDP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.product = compile_eager(lambda weights, x: F.linear(F.linear(x, weights[0]).relu(), weights[1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.product([self.up.weight, self.down.weight], x)
+        return out
+
+
+@torch.no_grad()
+def weights_passed_on(rank: int, world: int) -> None:
+    """What FSDP gathers is quantised anew whatever way a graph is given it."""
+    x = torch.randn(5, WIDTH)
+    for reshard in (True, False):
+        torch._dynamo.reset()
+        model = Passing().eval()
+        plain = Passing().eval()
+        plain.load_state_dict(model.state_dict())
+        model = fully_shard(model, reshard_after_forward=reshard)
+        for row in range(4):
+            equal(model(x), plain(x))
+            model.unshard()  # type: ignore[operator]
+            model.up.weight.data[row].mul_(-3)  # type: ignore[index] # as the next gathering writes, uncounted
+            plain.up.weight[row].mul_(-3)
+            equal(model(x), plain(x))
+            model.reshard()  # type: ignore[operator]
+            plain.up.weight[row].div_(-3)
+        all_rewritten()
