@@ -2,7 +2,7 @@
 
 ``expand``        PyTorch's fused attention calls become the operations they stand for
 ``group_heads``   attention reads each key/value head once, not a copy for each query head
-``attend``        attention of many queries becomes ``int8compile.attention`` where that is faster
+``attend``        attention becomes ``int8compile.attention`` where that is faster
 ``fold_queries``  attention of one query reads the query heads of a group as rows
 ``normalize``     every form of a linear becomes one canonical node
 ``quantize``      each eligible linear becomes ``int8compile.linear``, each other gets a Reason

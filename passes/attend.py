@@ -1,4 +1,4 @@
-"""attend: attention of many queries becomes int8compile's own, which leaves out what a mask hides.
+"""attend: attention becomes int8compile's own, which leaves out what a mask hides and reads a group's keys once.
 
     attention(q [B, H, M, D], k, v [B, Hkv, N, D], mask, scale, is_causal) -> int8compile.attention(q, k, v, mask, ...)
 
