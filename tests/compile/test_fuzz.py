@@ -13,7 +13,7 @@ from fuzz.shrink import shrunk
 from int8compile.passes.analysis import Effects
 
 PROGRAMS, PARTS = 300, 10
-FAST = 6
+FAST = 4
 
 
 @pytest.mark.parametrize("part", [*range(FAST), *(pytest.param(n, marks=pytest.mark.slow) for n in range(FAST, PARTS))])

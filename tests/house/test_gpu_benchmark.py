@@ -42,6 +42,7 @@ def test_everything_runs(tmp_path):
     assert "Llama" in text
 
 
+@pytest.mark.slow
 def test_a_failure_and_too_little_time_are_in_the_results(tmp_path):
     """Of a section's tests: what failed, what was left out and why, and whether the end was reached."""
     tests = tmp_path / "test_three.py"

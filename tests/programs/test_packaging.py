@@ -112,6 +112,7 @@ def test_cpp_prints_the_same_logits(program, package, cmake, tmp_path):
     assert missing.stderr
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_example_takes_what_the_installed_package_has(program, package, cmake, tmp_path):
     source = tmp_path / "a copy"
     shutil.copytree(ROOT / "examples" / "cpp", source)
@@ -190,6 +191,7 @@ def test_generated_code_is_for_the_cpus_that_were_asked_for(isa, tmp_path):
     assert relative_error(int8compile.load_package(path)(x), program.module()(x)) < FP32_BOUND
 
 
+@pytest.mark.slow
 @X86
 def test_our_kernels_choose_their_instructions_where_a_package_runs(program, package):
     code = (
