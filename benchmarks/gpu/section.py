@@ -49,7 +49,7 @@ def build(run: Run) -> dict[str, Any]:
         loader.load("common")  # which compiled models need too: built here, and not in the time of what comes later
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "machine": common.machine(run.device)}
     if not run.dry_run:
-        library = loader.library_path("cuda")
+        library = loader.binary_path("cuda")
         verdicts = {path.name: path.read_text() or "proven" for path in library.parent.glob("wgmma-*")}
         found |= {"library": str(library), "wgmma": verdicts, "capability": torch.cuda.get_device_capability()}
     return found

@@ -4,7 +4,7 @@
 ``loader``         loads a library, which registers its kernels, and builds it first if need be
 ``libraries``      finds a library in the cache folder, or builds it
 ``builder``        the sources and flags of each library, and compiling it
-``library_cache``  the cache folder of libraries, with their checksums
+``kernel_cache``  the cache folder of libraries, with their checksums
 ``trust``          checks that no other user can write to files and folders
 ``nvidia``         the GPUs that CUDA kernels are built for
 ``tuned``          the tuned table: what was measured to be faster here than the defaults

@@ -1,7 +1,7 @@
 """The sources and flags of each native library, and compiling one.
 
 ``torch.utils.cpp_extension`` and ninja do the work. The result depends on the sources, the flags, torch and the kind of
-machine; ``key`` is a hash of all of them. ``library_cache.py`` decides where the result is kept.
+machine; ``key`` is a hash of all of them. ``kernel_cache.py`` decides where the result is kept.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 import int8compile
 from int8compile.config import cache_folder, cpu_isa
 from int8compile.errors import KernelBuildError, OptionValueError
-from int8compile.native import builder, libraries, library_cache, loader, providers, tuned
+from int8compile.native import builder, kernel_cache, libraries, loader, providers, tuned
 
 _OPTIONAL = ("transformers", "peft", "accelerate", "triton")
 
@@ -70,15 +70,15 @@ def _tools(problems: list[str]) -> dict[str, str | None]:
 
 def _cache_folder() -> dict[str, Any]:
     """Where builds are kept, whether they can be, and the temporary folder that this process has instead, if any."""
-    temporary = library_cache.temporary_in_use()
+    temporary = kernel_cache.temporary_in_use()
     found = {"path": None, "writable": False, "problem": None, "temporary": temporary and str(temporary)}
     with contextlib.suppress(OSError):
         found["path"] = str(cache_folder())
     try:
-        folder = library_cache.user_folder(make=False)
-    except library_cache.CacheError as error:
+        folder = kernel_cache.user_folder(make=False)
+    except kernel_cache.CacheError as error:
         return {**found, "problem": str(error)}
-    return {**found, "writable": library_cache.is_writable(folder)}
+    return {**found, "writable": kernel_cache.is_writable(folder)}
 
 
 def _library(name: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _library(name: str) -> dict[str, Any]:
         place, state = libraries.inspect(name)
     except KernelBuildError as error:
         return {"path": None, "built": False, "problem": str(error)}
-    return {"path": str(place.library), "built": state.ready, "problem": state.problem}
+    return {"path": str(place.binary), "built": state.ready, "problem": state.problem}
 
 
 def _kernels(library: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from int8compile.config import cache_folder
 from int8compile.errors import KernelBuildError
-from int8compile.native import library_cache
+from int8compile.native import kernel_cache
 from int8compile.native.builder import compile_library, key
-from int8compile.native.library_cache import CacheError, Place, State
+from int8compile.native.kernel_cache import CacheError, Place, State
 
 
 class Useless(NamedTuple):
@@ -44,13 +44,13 @@ def provide(name: str, *, keep: bool = False, useless: Useless | None = None) ->
         KernelBuildError: a missing tool, by name, or the compiler's own message; or there is no folder for it.
     """
     try:
-        return _provide_in(_place(library_cache.user_folder(make=True), name), name, useless)
+        return _provide_in(_place(kernel_cache.user_folder(make=True), name), name, useless)
     except CacheError as error:
         problem = error
     if keep:
         raise KernelBuildError(f"the {name} kernels cannot be kept: {problem}")
     try:
-        provided = _provide_in(_place(library_cache.temporary_folder(), name), name, useless)
+        provided = _provide_in(_place(kernel_cache.temporary_folder(), name), name, useless)
     except CacheError as error:
         raise KernelBuildError(f"the {name} kernels cannot be built: {problem}; {error}") from error
     return provided._replace(note=f"{problem}; kernels are built in a temporary folder, for this process alone")
@@ -60,26 +60,26 @@ def _provide_in(place: Place, name: str, useless: Useless | None) -> Provided:
     """Raises CacheError where nothing can be built in the place's folder, which says nothing of other folders."""
     state = _state(place, useless)
     if state.ready:
-        return Provided(place.library, False, library_cache.version(place))
+        return Provided(place.binary, False, kernel_cache.version(place))
     try:
-        with library_cache.locked(place.folder / f"{place.key}.lock") as alone:
+        with kernel_cache.locked(place.folder / f"{place.key}.lock") as alone:
             state = _state(place, useless)  # another process may have built it while this one waited
             if state.ready:
-                return Provided(place.library, False, library_cache.version(place))
-            with library_cache.scratch(place, alone=alone) as folder:
-                library_cache.keep(place, compile_library(name, folder))
+                return Provided(place.binary, False, kernel_cache.version(place))
+            with kernel_cache.scratch(place, alone=alone) as folder:
+                kernel_cache.keep(place, compile_library(name, folder))
     except KernelBuildError as error:
         raise _with_reason(error, state.problem) from error
     except OSError as error:
-        problem = library_cache.unusable(error, place.folder)
+        problem = kernel_cache.unusable(error, place.folder)
         raise CacheError(f"{state.problem}; {problem}" if state.problem else str(problem)) from error
     note = None if state.problem is None else f"{state.problem}; it has been built anew"
-    return Provided(place.library, True, library_cache.version(place), note)
+    return Provided(place.binary, True, kernel_cache.version(place), note)
 
 
 def _state(place: Place, useless: Useless | None) -> State:
-    found = library_cache.state(place)
-    if found.ready and useless is not None and library_cache.version(place) == useless.version:
+    found = kernel_cache.state(place)
+    if found.ready and useless is not None and kernel_cache.version(place) == useless.version:
         return State(ready=False, problem=useless.why)
     return found
 
@@ -100,14 +100,14 @@ def inspect(name: str) -> tuple[Place, State]:
     Raises:
         KernelBuildError: it could not be built here for want of a GPU, or there is no home folder to keep it in.
     """
-    temporary = library_cache.temporary_in_use()
-    if temporary is not None and library_cache.state(_place(temporary, name)).ready:
+    temporary = kernel_cache.temporary_in_use()
+    if temporary is not None and kernel_cache.state(_place(temporary, name)).ready:
         return _place(temporary, name), State(ready=True)
     try:
-        place = _place(library_cache.user_folder(make=False), name)
+        place = _place(kernel_cache.user_folder(make=False), name)
     except CacheError as error:
         try:
             return _place(cache_folder(), name), State(ready=False, problem=str(error))
         except OSError:
             raise KernelBuildError(str(error)) from error
-    return place, library_cache.state(place)
+    return place, kernel_cache.state(place)

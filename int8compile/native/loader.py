@@ -2,7 +2,7 @@
 
 A library is kept in a folder named by a hash of its sources, its flags and the torch version: a change builds anew,
 anything else is found in milliseconds. A library that another user may have written (``trust``), or that differs by a
-bit from what was built (``library_cache``), is not loaded.
+bit from what was built (``kernel_cache``), is not loaded.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def _load_library(name: str) -> Path:
 
 def _load_at_hand(name: str) -> Path:
     place, state = inspect(name)
-    problem = _not_loaded(place.library) if state.ready else state.problem or "they are not built yet"
+    problem = _not_loaded(place.binary) if state.ready else state.problem or "they are not built yet"
     if problem is not None:
         raise KernelBuildError(f"the {name} kernels do not load: {problem}")
-    return place.library
+    return place.binary
 
 
 def _not_loaded(library: Path) -> str | None:
@@ -105,10 +105,10 @@ def _tell(provided: Provided) -> None:
         warn_once(f"int8: {provided.note}")
 
 
-def library_path(name: str) -> Path:
+def binary_path(name: str) -> Path:
     """Where the shared library is, or will be once built: its folder's name is a hash of all that goes into it."""
     place, _ = inspect(name)
-    return place.library
+    return place.binary
 
 
 def _warn_of_rejected() -> None:

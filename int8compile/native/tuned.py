@@ -24,8 +24,8 @@ import int8compile
 from int8compile.config import tuned_is_ignored
 from int8compile.cpuinfo import cpu_key, cpu_name
 from int8compile.files import replaced
-from int8compile.native import builder, library_cache
-from int8compile.native.library_cache import CacheError
+from int8compile.native import builder, kernel_cache
+from int8compile.native.kernel_cache import CacheError
 from int8compile.native.notices import log, warn_once
 from int8compile.native.trust import opened
 
@@ -158,7 +158,7 @@ def keep(choices: Iterable[Choice], measured: Iterable[tuple[str, Where]], threa
         OSError: the table cannot be written; the old one is as it was.
     """
     path, again = _path(make=True), set(measured)
-    with library_cache.locked(path.with_suffix(".lock")):
+    with kernel_cache.locked(path.with_suffix(".lock")):
         old = Table()
         with contextlib.suppress(_UselessError, OSError), opened(path) as file:
             old = _parse(file.read(_LARGEST_FILE + 1))
@@ -174,7 +174,7 @@ def check_place() -> None:
         CacheError: it is of no use, or cannot be written to.
     """
     folder = _path(make=True).parent
-    if not library_cache.is_writable(folder):
+    if not kernel_cache.is_writable(folder):
         raise CacheError(f"the cache folder {folder} cannot be written to (set INT8COMPILE_CACHE_DIR to another)")
 
 
@@ -203,11 +203,11 @@ def _path(*, make: bool) -> Path:
     """Raises CacheError where the cache folder is of no use."""
     try:
         versions = hashlib.sha256(repr(_made_for()).encode()).hexdigest()[:16]
-        return library_cache.user_folder(make=make) / f"tuned-{cpu_key()}-{versions}.json"
+        return kernel_cache.user_folder(make=make) / f"tuned-{cpu_key()}-{versions}.json"
     except CacheError:
         raise
     except OSError as error:
-        raise library_cache.unusable(error) from error
+        raise kernel_cache.unusable(error) from error
 
 
 def _made_for() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from int8compile.files import replaced
-from int8compile.native import library_cache
+from int8compile.native import kernel_cache
 from int8compile.native.trust import opened
 
 _PROVEN = "proven"
@@ -35,7 +35,7 @@ def problem(library: Path, device: int) -> str | None:
     verdict = library.parent / f"wgmma-{name}"
     found = _read(verdict)
     if found is None:
-        with library_cache.locked(verdict.with_suffix(".lock")):
+        with kernel_cache.locked(verdict.with_suffix(".lock")):
             found = _read(verdict)  # another process may have proven them while this one waited
             if found is None:
                 found = _prove(library, device, verdict)

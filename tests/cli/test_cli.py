@@ -37,7 +37,7 @@ def test_doctor_tells_what_is_chosen_once_built():
     assert found["kernels"]["chosen"] in found["kernels"]["available"]
     assert "portable" in found["kernels"]["available"]
     assert found["libraries"]["cpu"] == {
-        "path": str(loader.library_path("cpu")),
+        "path": str(loader.binary_path("cpu")),
         "built": True,
         "problem": None,
     }
@@ -67,11 +67,11 @@ def test_build_prints_where_and_leaves_what_is_there(empty_cache):
     # In processes of their own, since operators register once a process.
     first = json.loads(program("build", "--json").stdout)
     assert {name: built["path"] for name, built in first.items()} == {
-        name: str(loader.library_path(name)) for name in providers.wanted()
+        name: str(loader.binary_path(name)) for name in providers.wanted()
     }
-    times = [loader.library_path(name).stat().st_mtime_ns for name in providers.wanted()]
+    times = [loader.binary_path(name).stat().st_mtime_ns for name in providers.wanted()]
     assert program("build").stderr == ""
-    assert [loader.library_path(name).stat().st_mtime_ns for name in providers.wanted()] == times
+    assert [loader.binary_path(name).stat().st_mtime_ns for name in providers.wanted()] == times
 
 
 def test_build_fails_with_the_reason_on_stderr(empty_cache, monkeypatch):

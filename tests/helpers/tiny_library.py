@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from int8compile.native import builder, library_cache, loader, notices
+from int8compile.native import builder, kernel_cache, loader, notices
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 ANOTHER = 42345  # a user id that nobody has
@@ -42,7 +42,7 @@ def defined(folder: Path, source: str = SOURCE) -> Iterator[None]:
         del builder.LIBRARIES["tiny"]
         loader._loaded.discard("tiny")
         loader._hopeless.pop("tiny", None)
-        library_cache._remove_temporary(os.getpid())
+        kernel_cache._remove_temporary(os.getpid())
 
 
 def works(library: Path) -> bool:

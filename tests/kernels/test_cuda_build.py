@@ -150,9 +150,9 @@ class TestArchitectures:
 
     def test_other_architectures_are_another_library(self, monkeypatch):
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "80")
-        first = loader.library_path("cuda")
+        first = loader.binary_path("cuda")
         monkeypatch.setenv("INT8COMPILE_CUDA_ARCHS", "90a")
-        assert loader.library_path("cuda") != first
+        assert loader.binary_path("cuda") != first
 
 
 class TestFallback:
@@ -271,7 +271,7 @@ class TestWgmmaProof:
         library, chosen = hopper
         monkeypatch.setattr(wgmma, "_failed_proof", lambda *args: "")
         monkeypatch.setattr(tempfile, "mkdtemp", mock.Mock(side_effect=OSError(30, "read-only")))
-        monkeypatch.setattr(wgmma.library_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only")))
+        monkeypatch.setattr(wgmma.kernel_cache.filelock, "FileLock", mock.Mock(side_effect=OSError(30, "read-only")))
         loader._enable_wgmma(library)
         assert chosen == [True]
         assert not list(library.parent.iterdir())

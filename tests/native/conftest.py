@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_library
 
-from int8compile.native import libraries, library_cache, loader
+from int8compile.native import kernel_cache, libraries, loader
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def kept(cache, capfd) -> library_cache.Place:
+def kept(cache, capfd) -> kernel_cache.Place:
     """Where the library is, which is there."""
     loader.build("tiny")
     capfd.readouterr()

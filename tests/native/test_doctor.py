@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from int8compile.cli import app
 from int8compile.errors import KernelBuildError
-from int8compile.native import doctor, libraries, library_cache, loader
+from int8compile.native import doctor, kernel_cache, libraries, loader
 
 runner = CliRunner()
 
@@ -36,7 +36,7 @@ def run_doctor() -> tuple[dict[str, Any], str]:
 def test_an_empty_cache_folder_is_no_problem(cache):
     found, text = run_doctor()
     assert found["cache_folder"] == {"path": str(cache), "writable": True, "problem": None, "temporary": None}
-    assert found["libraries"]["cpu"] == {"path": str(loader.library_path("cpu")), "built": False, "problem": None}
+    assert found["libraries"]["cpu"] == {"path": str(loader.binary_path("cpu")), "built": False, "problem": None}
     assert found["problems"] == []
     assert "not built yet (int8compile build)" in text
     assert not cache.exists()
@@ -79,8 +79,8 @@ def test_a_cache_folder_that_cannot_be_written_to(cache, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK))
     found, _ = run_doctor()
     assert found["problems"] == [f"the cache folder {cache} cannot be written to: set INT8COMPILE_CACHE_DIR to another"]
-    ready = library_cache.State(ready=True)
-    monkeypatch.setattr(libraries, "inspect", lambda name: (library_cache.Place(cache, name, "library.so"), ready))
+    ready = kernel_cache.State(ready=True)
+    monkeypatch.setattr(libraries, "inspect", lambda name: (kernel_cache.Place(cache, name, "library.so"), ready))
     monkeypatch.setattr(doctor, "_kernels", lambda *args: {"chosen": None})
     found, text = run_doctor()
     assert found["cache_folder"]["writable"] is False
@@ -89,7 +89,7 @@ def test_a_cache_folder_that_cannot_be_written_to(cache, monkeypatch):
 
 
 def test_a_damaged_library_is_named_and_left_as_it_is(cache):
-    library = loader.library_path("cpu")
+    library = loader.binary_path("cpu")
     library.parent.mkdir(parents=True, mode=0o700)
     library.write_bytes(b"damaged")
     library.with_name(f"{library.name}.sha256").write_text("0" * 64)
@@ -107,11 +107,11 @@ def test_a_library_that_does_not_load_is_not_built_anew(tmp_path, monkeypatch):
         (place.folder / "built").write_bytes(b"not a library")
         scratch = place.folder / "scratch"
         scratch.mkdir()
-        library_cache.keep(place, shutil.move(place.folder / "built", scratch / "built"))
+        kernel_cache.keep(place, shutil.move(place.folder / "built", scratch / "built"))
         with pytest.raises(KernelBuildError, match=r"the tiny kernels do not load: .*tiny\.so: "):
             loader.load("tiny", build=False)
-        assert place.library.read_bytes() == b"not a library"
-        place.library.unlink()
+        assert place.binary.read_bytes() == b"not a library"
+        place.binary.unlink()
         with pytest.raises(KernelBuildError, match="do not load: they are not built yet"):
             loader.load("tiny", build=False)
 
@@ -119,9 +119,9 @@ def test_a_library_that_does_not_load_is_not_built_anew(tmp_path, monkeypatch):
 def test_the_temporary_folder_in_use(cache):
     cache.touch()
     try:
-        folder = library_cache.temporary_folder()
+        folder = kernel_cache.temporary_folder()
         found, text = run_doctor()
         assert found["cache_folder"]["temporary"] == str(folder)
         assert f"a temporary folder takes its place: {folder}" in text
     finally:
-        library_cache._remove_temporary(os.getpid())
+        kernel_cache._remove_temporary(os.getpid())

@@ -12,15 +12,15 @@ import torch
 from tiny_library import ANOTHER, warnings
 
 from int8compile.errors import KernelBuildError
-from int8compile.native import libraries, library_cache, loader, providers
+from int8compile.native import kernel_cache, libraries, loader, providers
 
 
 def test_a_library_is_kept_with_its_checksum_and_found(kept, monkeypatch, caplog):
-    digest = hashlib.sha256(kept.library.read_bytes()).hexdigest()
+    digest = hashlib.sha256(kept.binary.read_bytes()).hexdigest()
     assert kept.checksum.read_text() == f"{digest}  int8compile_tiny.so\n"  # as sha256sum -c has it
     monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built again"))
-    assert loader.build("tiny") == kept.library == loader.library_path("tiny")
-    assert tiny_library.works(kept.library)
+    assert loader.build("tiny") == kept.binary == loader.binary_path("tiny")
+    assert tiny_library.works(kept.binary)
     assert not warnings(caplog)
 
 
@@ -73,16 +73,16 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, tuple[Callable[[library_cache.Place], object], str]] = {
-    "truncated": (lambda p: os.truncate(p.library, 4096), "does not match its checksum"),
-    "empty": (lambda p: os.truncate(p.library, 0), "does not match its checksum"),
-    "garbage": (lambda p: p.library.write_bytes(os.urandom(20000)), "does not match its checksum"),
-    "one bit": (lambda p: _flip(p.library), "does not match its checksum"),
-    "another library": (lambda p: shutil.copy(torch._C.__file__, p.library), "does not match its checksum"),
-    "a link": (lambda p: _a_link(p.library, p.folder / "elsewhere"), "cannot be read"),
-    "a pipe": (lambda p: _a_pipe(p.library), "is not a regular file"),
-    "a folder": (lambda p: _a_folder(p.library), "is not a regular file"),
-    "others may write": (lambda p: p.library.chmod(0o777), "every user may write to"),
+DAMAGE: dict[str, tuple[Callable[[kernel_cache.Place], object], str]] = {
+    "truncated": (lambda p: os.truncate(p.binary, 4096), "does not match its checksum"),
+    "empty": (lambda p: os.truncate(p.binary, 0), "does not match its checksum"),
+    "garbage": (lambda p: p.binary.write_bytes(os.urandom(20000)), "does not match its checksum"),
+    "one bit": (lambda p: _flip(p.binary), "does not match its checksum"),
+    "another library": (lambda p: shutil.copy(torch._C.__file__, p.binary), "does not match its checksum"),
+    "a link": (lambda p: _a_link(p.binary, p.folder / "elsewhere"), "cannot be read"),
+    "a pipe": (lambda p: _a_pipe(p.binary), "is not a regular file"),
+    "a folder": (lambda p: _a_folder(p.binary), "is not a regular file"),
+    "others may write": (lambda p: p.binary.chmod(0o777), "every user may write to"),
     "no checksum": (lambda p: p.checksum.unlink(), "has no checksum"),
     "empty checksum": (lambda p: os.truncate(p.checksum, 0), "does not match its checksum"),
     "half a checksum": (lambda p: os.truncate(p.checksum, 32), "does not match its checksum"),
@@ -90,21 +90,21 @@ DAMAGE: dict[str, tuple[Callable[[library_cache.Place], object], str]] = {
     "checksum is a pipe": (lambda p: _a_pipe(p.checksum), "is not a regular file"),
     "checksum is a folder": (lambda p: _a_folder(p.checksum), "is not a regular file"),
     "others may write the checksum": (lambda p: p.checksum.chmod(0o666), "every user may write to"),
-    "others may write the folder": (lambda p: p.library.parent.chmod(0o777), "every user may write to"),
-    "the folder is a file": (lambda p: (shutil.rmtree(p.library.parent), p.library.parent.touch()), "not a folder"),
+    "others may write the folder": (lambda p: p.binary.parent.chmod(0o777), "every user may write to"),
+    "the folder is a file": (lambda p: (shutil.rmtree(p.binary.parent), p.binary.parent.touch()), "not a folder"),
     "the folder is a link": (
-        lambda p: p.library.parent.symlink_to(p.library.parent.rename(p.folder / "elsewhere")),
+        lambda p: p.binary.parent.symlink_to(p.binary.parent.rename(p.folder / "elsewhere")),
         "is not a folder",
     ),
 }
 if os.geteuid() == 0:
     DAMAGE |= {
-        "another's": (lambda p: os.chown(p.library, ANOTHER, -1), f"belongs to user {ANOTHER}"),
+        "another's": (lambda p: os.chown(p.binary, ANOTHER, -1), f"belongs to user {ANOTHER}"),
         "another's checksum": (lambda p: os.chown(p.checksum, ANOTHER, -1), f"belongs to user {ANOTHER}"),
-        "another's folder": (lambda p: os.chown(p.library.parent, ANOTHER, -1), f"belongs to user {ANOTHER}"),
+        "another's folder": (lambda p: os.chown(p.binary.parent, ANOTHER, -1), f"belongs to user {ANOTHER}"),
     }
 else:
-    DAMAGE["unreadable"] = (lambda p: p.library.chmod(0), "cannot be read (Permission denied)")
+    DAMAGE["unreadable"] = (lambda p: p.binary.chmod(0), "cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -115,27 +115,27 @@ def test_what_is_not_as_it_was_built_is_built_anew_once(kept, kind, caplog, capf
     loader.load("tiny")
     (message,) = warnings(caplog)
     assert expected in message
-    assert str(kept.library.parent) in message
+    assert str(kept.binary.parent) in message
     assert message.endswith("; it has been built anew")
     assert capfd.readouterr().err.count("compiling") == 1
     # All is well from then on.
     monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built again"))
-    assert loader.build("tiny") == kept.library
-    assert tiny_library.works(kept.library)
+    assert loader.build("tiny") == kept.binary
+    assert tiny_library.works(kept.binary)
     assert warnings(caplog) == [message]
     assert not list(kept.folder.glob("building-*"))
 
 
 def test_a_library_that_does_not_load_is_built_anew_once(kept, caplog, capfd):
     """Although its checksum is right, as on a system with other libraries."""
-    kept.library.write_bytes(b"not a library")
+    kept.binary.write_bytes(b"not a library")
     kept.checksum.write_text(hashlib.sha256(b"not a library").hexdigest())
     loader.load("tiny")
     (message,) = warnings(caplog)
-    assert f"{kept.library} does not load (" in message
+    assert f"{kept.binary} does not load (" in message
     assert message.endswith("; it has been built anew")
     assert capfd.readouterr().err.count("compiling") == 1
-    assert tiny_library.works(kept.library)
+    assert tiny_library.works(kept.binary)
 
 
 def test_a_library_that_never_loads_is_an_error_and_built_once_a_process(tmp_path, monkeypatch, caplog, capfd):
@@ -155,7 +155,7 @@ def test_a_library_that_never_loads_is_an_error_and_built_once_a_process(tmp_pat
 
 
 def test_a_damaged_library_is_named_where_none_can_be_built(kept, monkeypatch):
-    os.truncate(kept.library, 100)
+    os.truncate(kept.binary, 100)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(KernelBuildError, match=r"\(no-such-compiler\) was found \(.*tiny\.so is damaged"):
         loader.load("tiny")

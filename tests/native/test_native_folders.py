@@ -17,7 +17,7 @@ from checkout import HELPERS
 from tiny_library import ANOTHER, copying, in_child, needs_root, warnings
 
 from int8compile.errors import KernelBuildError
-from int8compile.native import builder, libraries, library_cache, loader, providers
+from int8compile.native import builder, kernel_cache, libraries, loader, providers
 
 
 class TestFoldersThatWillNotDo:
@@ -29,11 +29,11 @@ class TestFoldersThatWillNotDo:
 
         def build() -> str:
             library = loader.build("tiny")
-            assert library.parent.parent == library_cache.temporary_in_use()
+            assert library.parent.parent == kernel_cache.temporary_in_use()
             assert library.parent.parent.name.startswith("int8compile-")
             assert library.parent.parent.stat().st_mode & 0o777 == 0o700
             assert tiny_library.works(library)
-            assert loader.build("tiny") == library == loader.library_path("tiny")
+            assert loader.build("tiny") == library == loader.binary_path("tiny")
             loader.load("tiny")
             (message,) = warnings(caplog)
             assert message.endswith("; kernels are built in a temporary folder, for this process alone")
@@ -44,12 +44,12 @@ class TestFoldersThatWillNotDo:
         return build
 
     def test_others_may_write(self, kept, built_elsewhere):
-        kept.library.write_bytes(b"planted")
+        kept.binary.write_bytes(b"planted")
         kept.folder.chmod(0o777)
         message = built_elsewhere()
         assert f"cache folder {kept.folder} is not used: every user may write to {kept.folder} (mode 0777)" in message
         assert f"chmod go-w {kept.folder}" in message
-        assert kept.library.read_bytes() == b"planted"
+        assert kept.binary.read_bytes() == b"planted"
 
     def test_others_may_write_above(self, kept, built_elsewhere):
         kept.folder.parent.chmod(0o777)
@@ -124,7 +124,7 @@ class TestFoldersThatWillNotDo:
             folder.mkdir()
             folder.chmod(0o777)
 
-        monkeypatch.setattr(library_cache, "_make", make)
+        monkeypatch.setattr(kernel_cache, "_make", make)
         assert f"every user may write to {cache}" in built_elsewhere()
 
     def test_a_relative_cache_folder_is_none(self, cache, monkeypatch, tmp_path):
@@ -132,9 +132,9 @@ class TestFoldersThatWillNotDo:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         monkeypatch.setenv("INT8COMPILE_CACHE_DIR", "~/cache")
-        assert loader.library_path("tiny").is_relative_to(cache)
+        assert loader.binary_path("tiny").is_relative_to(cache)
         monkeypatch.delenv("INT8COMPILE_CACHE_DIR")
-        assert loader.library_path("tiny").is_relative_to(tmp_path.resolve() / ".cache" / "int8compile")
+        assert loader.binary_path("tiny").is_relative_to(tmp_path.resolve() / ".cache" / "int8compile")
 
     def test_a_home_that_is_not_there_is_made(self, cache, monkeypatch):
         for name in ("INT8COMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
@@ -204,7 +204,7 @@ def test_the_temporary_folder_goes_with_its_process(tmp_path):
         "import os, sys\n"
         "import tiny_library\n"
         f"tiny_library.define(tiny_library.Path({str(tmp_path)!r}))\n"
-        "from int8compile.native import libraries, loader, providers; from int8compile.native import library_cache\n"
+        "from int8compile.native import libraries, loader, providers; from int8compile.native import kernel_cache\n"
         "library = loader.build('tiny')\n"
         "if os.fork() == 0:\n"
         "    sys.exit(0)\n"
@@ -233,7 +233,7 @@ class TestOfAnotherUser:
     """A cache folder that root has filled, as in a container image, for a user who can only read it."""
 
     @pytest.fixture
-    def prebuilt(self, monkeypatch) -> Iterator[library_cache.Place]:
+    def prebuilt(self, monkeypatch) -> Iterator[kernel_cache.Place]:
         with open_to_all() as folder, tiny_library.defined(folder / "sources"):
             (folder / "cache").mkdir(mode=0o755)
             monkeypatch.setenv("INT8COMPILE_CACHE_DIR", str(folder / "cache"))
@@ -247,27 +247,27 @@ class TestOfAnotherUser:
         def load() -> None:
             monkeypatch.setattr(libraries, "compile_library", lambda *args: pytest.fail("was built"))
             loader.load("tiny")
-            assert loader.library_path("tiny") == prebuilt.library
+            assert loader.binary_path("tiny") == prebuilt.binary
 
         assert in_child(load, ANOTHER) == 0, capfd.readouterr().err
         assert not list(prebuilt.folder.glob("*.lock"))
 
     def test_what_it_lacks_or_hides_is_built_elsewhere(self, prebuilt, monkeypatch, capfd):
-        monkeypatch.setattr(libraries, "compile_library", copying(prebuilt.library))
+        monkeypatch.setattr(libraries, "compile_library", copying(prebuilt.binary))
 
         def load() -> None:
             monkeypatch.setattr(loader, "warn_once", lambda message: print(message, file=sys.stderr))
             loader.load("tiny")
-            assert loader.library_path("tiny").parent.parent == library_cache.temporary_in_use()
-            library_cache._remove_temporary(os.getpid())
+            assert loader.binary_path("tiny").parent.parent == kernel_cache.temporary_in_use()
+            kernel_cache._remove_temporary(os.getpid())
 
         for change, expected in [
             (
-                lambda: prebuilt.library.chmod(0o700),
+                lambda: prebuilt.binary.chmod(0o700),
                 "tiny.so cannot be read (Permission denied); the folder",
             ),
-            (lambda: (prebuilt.library.chmod(0o755), os.truncate(prebuilt.library, 10)), "is damaged"),
-            (lambda: shutil.rmtree(prebuilt.library.parent), "cannot be used: Permission denied"),
+            (lambda: (prebuilt.binary.chmod(0o755), os.truncate(prebuilt.binary, 10)), "is damaged"),
+            (lambda: shutil.rmtree(prebuilt.binary.parent), "cannot be used: Permission denied"),
             (lambda: prebuilt.folder.chmod(0o700), "cannot be used: Permission denied"),
         ]:
             change()
@@ -276,4 +276,4 @@ class TestOfAnotherUser:
 
     def test_what_a_user_has_filled_is_not_for_root(self, prebuilt):
         os.chown(prebuilt.folder, ANOTHER, -1)
-        assert str(loader.build("tiny")).startswith(str(library_cache.temporary_in_use()))
+        assert str(loader.build("tiny")).startswith(str(kernel_cache.temporary_in_use()))

@@ -13,14 +13,14 @@ import pytest
 import tiny_library
 from tiny_library import copying, fork, in_child
 
-from int8compile.native import libraries, library_cache, loader, trust
+from int8compile.native import kernel_cache, libraries, loader, trust
 
 
 def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
     """At every line that it runs, while it puts a library into the place of one that is damaged."""
-    whole, half = kept.library.read_bytes(), kept.library.read_bytes()[:100]
-    monkeypatch.setattr(libraries, "compile_library", copying(kept.library))
-    traced = {function.__code__ for function in (library_cache.keep, library_cache._remove)}
+    whole, half = kept.binary.read_bytes(), kept.binary.read_bytes()[:100]
+    monkeypatch.setattr(libraries, "compile_library", copying(kept.binary))
+    traced = {function.__code__ for function in (kernel_cache.keep, kernel_cache._remove)}
     lines: list[tuple[str, int]] = []
 
     def build(at_line: Callable[[tuple[str, int]], object]) -> None:
@@ -36,21 +36,21 @@ def test_a_process_that_is_killed_leaves_nothing_or_all(kept, monkeypatch):
         finally:
             sys.settrace(before)
 
-    kept.library.write_bytes(half)
+    kept.binary.write_bytes(half)
     build(lines.append)
     assert len(lines) > 15
     for line in lines:
-        kept.library.write_bytes(half)
+        kept.binary.write_bytes(half)
         killed = in_child(lambda here=line: build(lambda at: at == here and os.kill(os.getpid(), signal.SIGKILL)))
         assert killed == -signal.SIGKILL
         there = {path.name: path.read_bytes() for path in kept.folder.glob(f"{kept.key}/*")}
-        if library_cache.state(kept).ready:
-            assert there[kept.library.name] == whole, line
+        if kernel_cache.state(kept).ready:
+            assert there[kept.binary.name] == whole, line
         else:
-            assert there.get(kept.library.name, half) == half, line  # nothing new without its checksum
+            assert there.get(kept.binary.name, half) == half, line  # nothing new without its checksum
             assert list(kept.folder.glob("building-*"))
             loader.build("tiny")
-            assert library_cache.state(kept).ready
+            assert kernel_cache.state(kept).ready
             assert not list(kept.folder.glob("building-*"))
 
 
@@ -61,7 +61,7 @@ def test_eight_processes_that_start_together_build_once(cache, capfd):
         os.close(writing)
         os.read(reading, 1)  # until all are there
         loader.build("tiny")
-        assert tiny_library.works(loader.library_path("tiny"))
+        assert tiny_library.works(loader.binary_path("tiny"))
 
     children = [fork(build) for _ in range(8)]
     os.close(reading)
@@ -80,37 +80,37 @@ def test_without_locks_processes_do_not_disturb_each_other(kept, monkeypatch):
     def unlocked(path: Path) -> Iterator[bool]:
         yield False
 
-    monkeypatch.setattr(library_cache, "locked", unlocked)
+    monkeypatch.setattr(kernel_cache, "locked", unlocked)
     theirs = kept.folder / f"building-{kept.key}-theirs"
     theirs.mkdir()
-    os.truncate(kept.library, 100)
+    os.truncate(kept.binary, 100)
     loader.build("tiny")
     assert theirs.exists()
-    assert tiny_library.works(kept.library)
+    assert tiny_library.works(kept.binary)
     # One that was faster: its library is as good.
     rename = Path.rename
 
     def late(path: Path, target: Path) -> Path:
-        if target == kept.library.parent:
+        if target == kept.binary.parent:
             shutil.copytree(path, target)
         return rename(path, target)
 
-    os.truncate(kept.library, 100)
+    os.truncate(kept.binary, 100)
     monkeypatch.setattr(Path, "rename", late)
-    assert loader.build("tiny") == kept.library
-    assert library_cache.state(kept).ready
+    assert loader.build("tiny") == kept.binary
+    assert kernel_cache.state(kept).ready
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, error):
-    with library_cache.locked(tmp_path / "lock") as held:
+    with kernel_cache.locked(tmp_path / "lock") as held:
         assert held
 
     def fail(self: object) -> None:
         raise error
 
-    monkeypatch.setattr(library_cache.filelock.FileLock, "_acquire", fail)
-    with library_cache.locked(tmp_path / "lock") as held:
+    monkeypatch.setattr(kernel_cache.filelock.FileLock, "_acquire", fail)
+    with kernel_cache.locked(tmp_path / "lock") as held:
         assert not held
 
 

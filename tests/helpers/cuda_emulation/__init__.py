@@ -98,7 +98,7 @@ class Emulator:
     """The operators of one build, in a process that is started again after it was ended."""
 
     def __init__(self, library: Path) -> None:
-        self.library = library
+        self.binary = library
         self.process: subprocess.Popen[bytes] | None = None
 
     def call(self, op: str, *args: Any, **settings: Any) -> Any:
@@ -140,7 +140,7 @@ class Emulator:
         options = "detect_leaks=0:detect_odr_violation=0:detect_stack_use_after_return=0:abort_on_error=0"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), str(self.library)],
+            [sys.executable, str(HERE / "worker.py"), str(self.binary)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -41,12 +41,12 @@ class Place(NamedTuple):
     file: str  # int8compile_cpu.so
 
     @property
-    def library(self) -> Path:
+    def binary(self) -> Path:
         return self.folder / self.key / self.file
 
     @property
     def checksum(self) -> Path:
-        return self.library.with_name(f"{self.file}.sha256")
+        return self.binary.with_name(f"{self.file}.sha256")
 
 
 class State(NamedTuple):
@@ -156,22 +156,22 @@ def temporary_in_use() -> Path | None:
 def state(place: Place) -> State:
     """Whether the library is there, as it was built, and nobody else's; reads it once."""
     try:
-        check_own_folder(place.library.parent)
-        with opened(place.library) as file:
+        check_own_folder(place.binary.parent)
+        with opened(place.binary) as file:
             actual = _digest(file)
     except FileNotFoundError:
         return State(ready=False)
     except OSError as error:
-        return State(ready=False, problem=_describe(place.library, error))
+        return State(ready=False, problem=_describe(place.binary, error))
     try:
         with opened(place.checksum) as file:
             expected = file.read(len(actual))
     except FileNotFoundError:
-        return State(ready=False, problem=f"{place.library} has no checksum beside it")
+        return State(ready=False, problem=f"{place.binary} has no checksum beside it")
     except OSError as error:
         return State(ready=False, problem=_describe(place.checksum, error))
     if expected != actual.encode():
-        return State(ready=False, problem=f"{place.library} is damaged (it does not match its checksum)")
+        return State(ready=False, problem=f"{place.binary} is damaged (it does not match its checksum)")
     return State(ready=True)
 
 
@@ -189,7 +189,7 @@ def _digest(file: BinaryIO) -> str:
 def version(place: Place) -> object:
     """Differs between a library and one that has since taken its place; None if there is none."""
     try:
-        status = place.library.lstat()
+        status = place.binary.lstat()
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_mtime_ns
@@ -236,18 +236,18 @@ def keep(place: Place, built: Path) -> None:
     entry = built.parent / "entry"
     entry.mkdir()
     ready = place._replace(folder=built.parent, key=entry.name)
-    built.rename(ready.library)
-    with ready.library.open("rb") as file:
+    built.rename(ready.binary)
+    with ready.binary.open("rb") as file:
         digest = _digest(file)
     ready.checksum.write_text(f"{digest}  {place.file}\n")
-    ready.library.chmod(mode)
+    ready.binary.chmod(mode)
     ready.checksum.chmod(mode & 0o644)
     entry.chmod(mode)
-    for path in (ready.library, ready.checksum, entry):
+    for path in (ready.binary, ready.checksum, entry):
         reach_disk(path)
-    _remove(place.library.parent)
+    _remove(place.binary.parent)
     try:
-        entry.rename(place.library.parent)
+        entry.rename(place.binary.parent)
     except OSError:
         if not state(place).ready:  # without a lock, another process may have been faster
             raise
