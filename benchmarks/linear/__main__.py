@@ -10,6 +10,7 @@ Contenders (NAME.DTYPE where the activation's dtype matters; see ``benchmarks/li
 * torchao: int8 dynamic, by inductor with max-autotune and freezing
 * bitsandbytes: ``Linear8bitLt``, 4 outlier columns
 * ours-0, ours-4, ours-1%: ``int8compile::linear`` with so many outlier columns, quantising and epilogue included
+* ours-2%, ours-none, ours-calibrated: the outlier policies with 2 % of columns, with none, and with those 2 % named
 * ours-weights: the same with int8 weights and the activation as it is
 
 Up to M = 16, where a linear is as fast as its weight is read, each contender goes round copies of the weight that

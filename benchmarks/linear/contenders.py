@@ -51,10 +51,14 @@ class Case:
         x = torch.randn(m, k, generator=generator).clamp(-5, 5)
         return cls(m, x, torch.randn(n, k, generator=generator) / k**0.5, cache_bytes)
 
+    def outliers(self, columns: int) -> torch.Tensor:
+        """Which so many outlier columns are: evenly spaced."""
+        return torch.arange(columns) * self.k // max(1, columns)
+
     def with_outliers(self, columns: int) -> torch.Tensor:
-        """x with so many outlier columns, evenly spaced: 20 in the first row, the largest that came in others."""
+        """x with so many outlier columns: 20 in the first row, the largest that came in others."""
         x = self.x.clone()
-        x[0, torch.arange(columns) * self.k // max(1, columns)] = 20.0
+        x[0, self.outliers(columns)] = 20.0
         return x
 
     def copies(self, bytes_per_weight: float) -> int:
@@ -122,11 +126,19 @@ def contenders(dtypes: list[torch.dtype]) -> dict[str, Prepare]:
             "ours-0": functools.partial(ours, outlier_columns=lambda k: 0),
             "ours-4": functools.partial(ours, outlier_columns=lambda k: 4),
             "ours-1%": functools.partial(ours, outlier_columns=lambda k: max(1, round(0.01 * k))),
+            "ours-2%": functools.partial(ours, outlier_columns=two_percent),
+            "ours-none": functools.partial(ours, outlier_columns=lambda k: 0, outlier_policy="none"),
+            "ours-calibrated": functools.partial(ours, outlier_columns=two_percent, outlier_policy="calibrated"),
             "ours-weights": weights_only,
         }
         for key, make in made.items():
             found[f"{key}.{name}"] = functools.partial(make, dtype=dtype)
     return found
+
+
+def two_percent(k: int) -> int:
+    """As many columns as ``int8compile.calibrate`` chooses on average."""
+    return max(1, round(0.02 * k))
 
 
 def float_linear(case: Case, dtype: torch.dtype) -> Prepared:
@@ -210,15 +222,21 @@ def bitsandbytes(case: Case, dtype: torch.dtype) -> Prepared:
     return Prepared(lambda: [layer(x) for layer in layers], len(layers), expected, tolerance)
 
 
-def ours(case: Case, dtype: torch.dtype, outlier_columns: Callable[[int], int]) -> Prepared:
+def ours(
+    case: Case, dtype: torch.dtype, outlier_columns: Callable[[int], int], outlier_policy: str = "column"
+) -> Prepared:
     """``int8compile::linear``: quantises the activation, multiplies, adds the outlier product, scales and casts."""
-    x = case.with_outliers(outlier_columns(case.k)).to(dtype)
+    count = outlier_columns(case.k)
+    x, columns = case.with_outliers(count).to(dtype), case.outliers(count)
     weights = [_int8(weight.to(dtype)) for weight in case.weights(case.copies(1))]
+    calibrated = outlier_policy == "calibrated"
+    chosen = [(columns.int(), w[:, columns].contiguous()) if calibrated else (None, None) for w, _ in weights]
     expected = x.double() @ case.weight.to(dtype).double().t()
     linear = torch.ops.int8compile.linear.default
+    calls = [(*weight, None, THRESHOLD, outlier_policy, *its) for weight, its in zip(weights, chosen, strict=True)]
 
     def run() -> list[torch.Tensor]:
-        return [linear(x, weight, scale, None, THRESHOLD) for weight, scale in weights]
+        return [linear(x, *call) for call in calls]
 
     return Prepared(run, len(weights), expected, _int8_error(case.weight, x, dtype))
 

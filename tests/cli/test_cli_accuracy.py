@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from int8compile import Calibration
-from int8compile.cli import app
 
-runner = CliRunner()
 SOURCE = """
 import torch
 
@@ -28,12 +26,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "calibrated_models.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments: str, code: int = 0):
-    result = runner.invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_a_calibration_goes_from_command_to_command(folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import typer
+from command_line import run
 from model_zoo import llama, tokens
 from typer.testing import CliRunner
 
@@ -48,12 +49,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "models_of_mine.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments: str, code: int = 0):
-    result = runner.invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_weights_only(folder):

@@ -5,16 +5,15 @@ provider, the reference included. What they compute is held against float64.
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import gold
 import pytest
 import torch
+from every_provider import assert_same_bits, each_provider
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from int8compile.native import loader
 from int8compile.ops import grouped_linear, linear, master_linear
 from int8compile.ops._library import REFERENCES
 from int8compile.ops.linear import calibrated_codes
@@ -22,22 +21,6 @@ from int8compile.ops.linear import calibrated_codes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EXTREMES = (0.0, 1e-45, -1e-40, 2.0**-121, 2.0**-119, 65504.0, -3e38, float("inf"), -float("inf"), float("nan"))
 sizes = st.one_of(st.integers(0, 4), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 97, 130, 200]))
-
-
-def each_provider() -> Iterator[str]:
-    """Each provider of this CPU, chosen while it is yielded."""
-    loader.load("cpu")
-    try:
-        for name in torch.ops.int8compile_native.isas().split():
-            torch.ops.int8compile_native.set_isa(name)
-            yield name
-    finally:
-        torch.ops.int8compile_native.set_isa("auto")
-
-
-def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    assert ((got == want) | (got.isnan() & want.isnan())).all()
 
 
 class Problem:

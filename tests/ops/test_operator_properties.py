@@ -10,17 +10,18 @@ tensor argument in a layout of its own, expanded ones with strides of 0 included
 * the reference is LLM.int8() in float64 (``gold.py``) up to fp32's roundings and that of the output.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gold
 import pytest
 import torch
+from every_provider import assert_same_bits, each_provider
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from int8compile.limits import SMALLEST_THRESHOLD
-from int8compile.native import loader, providers
+from int8compile.native import providers
 from int8compile.ops import input_gradient, linear, master_linear, quantize_rowwise, quantize_weight, scaled_mm
 from int8compile.ops._library import REFERENCES
 
@@ -48,17 +49,6 @@ VECTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "expanded": lambda t: t[:1].expand(t.shape) if len(t) else t,
 }
 sizes = st.one_of(st.integers(0, 4), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 97, 130, 200]))
-
-
-def each_provider() -> Iterator[str]:
-    """Each provider of this CPU, chosen while it is yielded."""
-    loader.load("cpu")
-    try:
-        for name in torch.ops.int8compile_native.isas().split():
-            torch.ops.int8compile_native.set_isa(name)
-            yield name
-    finally:
-        torch.ops.int8compile_native.set_isa("auto")
 
 
 class Problem(NamedTuple):
@@ -138,11 +128,6 @@ class Terms(NamedTuple):
         """Where no sum of terms leaves float32, nor their result `dtype`. (Of sums that do, some orders do not.)"""
         inside = self.scaled_reach < 0.98 * torch.finfo(dtype).max
         return (self.finite_reach < 1e37) & (inside | ~self.reach.isfinite())
-
-
-def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    assert ((got == want) | (got.isnan() & want.isnan())).all()
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, terms: Terms) -> None:
