@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -52,25 +51,6 @@ void check_ascending(const char* op, const Tensor& columns, int64_t k) {
   }
 }
 
-// What a module took of its weight is wrong once that is written to. Some rows show most of such writes.
-void check_taken(
-    const char* op, const Tensor& columns, const Tensor& column_weight, const Codes& weight, int64_t rows) {
-  constexpr int64_t kLooks = 4;
-  const auto* at = columns.const_data_ptr<int32_t>();
-  const int64_t count = columns.size(0);
-  for (int64_t look = 0; look < std::min(kLooks, rows); ++look) {
-    const int64_t row = rows * look / kLooks;
-    const auto* taken = column_weight.const_data_ptr<int8_t>() + row * count;
-    const int8_t* from = weight.data + row * weight.stride;
-    for (int64_t i = 0; i < count; ++i) {
-      INT8COMPILE_CHECK(
-          taken[i] == from[at[i]], op, "column_weight[", row, ", ", i, "]=", int(taken[i]), " and weight[", row, ", ",
-          at[i], "]=", int(from[at[i]]), "; expected weight[:, columns], taken anew where the weight is written to (of "
-          "a compiled Int8Linear: assign or load its weight, or call it once outside the compiled function)");
-    }
-  }
-}
-
 Tensor linear(
     const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, double threshold,
     c10::string_view outlier_policy, const OptionalTensor& columns, const OptionalTensor& column_weight) {
@@ -87,10 +67,11 @@ Tensor linear(
     return out;
   }
   if (outlier_policy == "calibrated") {
-    const Tensor at = columns->contiguous(), codes = column_weight->contiguous();
+    const Tensor at = columns->contiguous();
+    const Tensor codes = column_weight.has_value() ? column_weight->contiguous() : Tensor();
     check_ascending("linear", at, x.size(-1));
-    check_taken("linear", at, codes, operands.product.weight, weight.size(0));
-    const Columns wide = {at.size(0), at.const_data_ptr<int32_t>(), {codes.const_data_ptr<int8_t>(), at.size(0)}};
+    const int8_t* copied = codes.defined() ? codes.const_data_ptr<int8_t>() : nullptr;
+    const Columns wide = {at.size(0), at.const_data_ptr<int32_t>(), {copied, at.size(0)}};
     calibrated_linear(activation(values), wide, operands.product);
     return out;
   }

@@ -175,14 +175,25 @@ class Prepared {
   const Packing* packing_;
 };
 
-// The high bytes of 16-bit codes, and the weight in their columns.
+// The high bytes of 16-bit codes, and the weight in their columns, or null: then each tile gathers it from the weight.
 struct High {
   Operand left;
+  const int32_t* columns;
   Codes weight;
 };
 
 Codes from_col(Codes weight, int64_t col) {
   return {weight.data + col * weight.stride, weight.stride};
+}
+
+// The weight of some columns of the output in `count` columns of its own, to [cols, count].
+void gather_columns(Codes weight, int64_t cols, const int32_t* columns, int64_t count, int8_t* to) {
+  for (int64_t n = 0; n < cols; ++n, to += count) {
+    const int8_t* from = weight.data + n * weight.stride;
+    for (int64_t t = 0; t < count; ++t) {
+      to[t] = from[columns[t]];
+    }
+  }
 }
 
 void multiply_part(
@@ -191,6 +202,8 @@ void multiply_part(
   alignas(64) static thread_local int32_t sums[kTileRows * kTileCols], high_sums[kTileRows * kTileCols];
   const Prepared prepared(left.packing() == nullptr && high != nullptr ? high->left.packing() : left.packing());
   Scratch<float> gathered(outliers.count * kTileCols);
+  const bool gathers = high != nullptr && high->weight.data == nullptr;
+  Scratch<int8_t> high_weight(gathers ? high->left.sizes.k * kTileCols : 0);
   const int64_t col_step = tile_cols(rows.end - rows.begin, k);
   for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
     const Codes codes = left.codes.from_row(row);
@@ -214,7 +227,12 @@ void multiply_part(
       multiplier.multiply(codes, tile.weight, tile.rows, tile.cols, k, sums);
       if (high != nullptr) {
         const Operand& bytes = high->left;
-        const Codes weight = from_col(high->weight, col);
+        Codes weight = {high_weight.data(), bytes.sizes.k};
+        if (gathers) {  // while the tile's weight is in a cache
+          gather_columns(tile.weight, tile.cols, high->columns, bytes.sizes.k, high_weight.data());
+        } else {
+          weight = from_col(high->weight, col);
+        }
         bytes.multiplier->multiply(
             bytes.codes.from_row(row), weight, tile.rows, tile.cols, bytes.sizes.k, high_sums);
         tile.high_sums = high_sums;
@@ -318,7 +336,7 @@ void calibrated_linear(const Activation& x, const Columns& columns, const Produc
   Arranged left(use, sizes, use.multipliers[method], codes.data());
   const Sizes few = {x.rows, product.cols, columns.count, sizes.threads};
   Arranged bytes(use, few, use.multipliers[method_for_few(use, few, method)], high.data());
-  const High both = {*bytes, columns.weight};
+  const High both = {*bytes, columns.at, columns.weight};
   multiply(*left, columns.count == 0 ? nullptr : &both, row_scale.data(), {}, product);
 }
 

@@ -36,7 +36,7 @@ void scaled_product(
     const Activation& x, const int8_t* codes, const float* row_scale, const uint8_t* outliers, float residual_from,
     const Product& product);
 
-// The columns of policy "calibrated", in ascending order, and the weight in them, [cols, count].
+// The columns of policy "calibrated", in ascending order, and a copy of the weight in them, [cols, count], or null.
 struct Columns {
   int64_t count;
   const int32_t* at;

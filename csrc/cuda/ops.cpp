@@ -185,7 +185,8 @@ Tensor linear(
     return weight_only_linear(x, weight, weight_scale, bias);
   }
   if (outlier_policy == "calibrated") {
-    return calibrated_linear(x, weight, weight_scale, bias, *columns, *column_weight);
+    const Tensor copied = column_weight.has_value() ? *column_weight : weight.index_select(1, *columns);
+    return calibrated_linear(x, weight, weight_scale, bias, *columns, copied);
   }
   const Tensor values = x.contiguous();
   Tensor out = empty_output(x, weight, x.scalar_type());

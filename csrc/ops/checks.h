@@ -114,9 +114,9 @@ inline void check_columns(
     const OptionalTensor& columns, const OptionalTensor& column_weight) {
   const bool calibrated = outlier_policy == "calibrated";
   INT8COMPILE_CHECK(
-      columns.has_value() == calibrated && column_weight.has_value() == calibrated, op, "outlier_policy='",
+      columns.has_value() == calibrated && (calibrated || !column_weight.has_value()), op, "outlier_policy='",
       outlier_policy, "' with columns ", given(columns), " and column_weight ", given(column_weight),
-      "; expected both with policy 'calibrated', and neither with any other");
+      "; expected columns with policy 'calibrated', and neither with any other");
   if (!calibrated) {
     return;
   }
@@ -124,9 +124,11 @@ inline void check_columns(
       columns->dim() == 1 && columns->scalar_type() == at::kInt && columns->device() == x.device(), op, "columns is ",
       columns->scalar_type(), " ", columns->sizes(), " on ", columns->device(), "; expected int32 [C] on ", x.device(),
       ", features in ascending order");
-  check_tensor(
-      op, "column_weight", *column_weight, x, at::kChar, {weight.size(0), columns->size(0)},
-      ", which is weight[:, columns]");
+  if (column_weight.has_value()) {
+    check_tensor(
+        op, "column_weight", *column_weight, x, at::kChar, {weight.size(0), columns->size(0)},
+        ", which is weight[:, columns]");
+  }
 }
 
 inline void check_weight(

@@ -19,10 +19,9 @@ from int8compile.config import CALIBRATED, OUTLIER_POLICIES, WEIGHTS_ONLY, Int8C
 from int8compile.errors import OptionValueError
 from int8compile.native import providers
 from int8compile.ops import linear, master_linear
-from int8compile.selection import PLAIN_TENSORS, treatment
+from int8compile.selection import treatment
 from int8compile.weights.formats import SERIALIZED, read_int8_weight
 from int8compile.weights.int8_weight import Int8Weight
-from int8compile.weights.stamps import Stamp
 
 
 class Int8Linear(nn.Module):
@@ -49,8 +48,7 @@ class Int8Linear(nn.Module):
         bias: Parameter [N], or None.
         float_dtype: dtype of the float weight it stands for.
         stored_transposed: whether it stands for a ``Conv1D``, whose float weight is [K, N].
-        columns, column_weight: int32 [C] and int8 [N, C], or None. No state dict has them: which columns those are is a
-            matter of the configuration, and what is in them is in ``weight``.
+        columns: int32 [C], or None. No state dict has them: which they are is a matter of the configuration.
     """
 
     weight: torch.Tensor
@@ -77,8 +75,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.outlier_policy, self.kernels = config.llm_int8_threshold, outlier_policy, kernels
         self._columns = _checked_columns(columns, in_features)
-        self._in_columns: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._taken_of: Stamp | None = None
+        self._columns_here: torch.Tensor | None = None
         if self._columns:
             self.threshold, self.outlier_policy = 0.0, CALIBRATED
         self.float_dtype = dtype or torch.get_default_dtype()
@@ -88,7 +85,7 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.float_dtype))
-        self._take_columns()
+        self._place_columns()
 
     @classmethod
     def from_float(
@@ -139,49 +136,29 @@ class Int8Linear(nn.Module):
         """x [..., K] to [..., N], in x's dtype (under autocast: in autocast's)."""
         load_kernels(self.kernels, self.weight.device.type)
         operands = (x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_policy)
-        if not self._columns:
-            out: torch.Tensor = linear(*operands)
-            return out
-        self._retake_columns()
-        out = linear(*operands, self.columns, self.column_weight)
+        out: torch.Tensor = linear(*operands, self.columns) if self._columns else linear(*operands)
         return out
 
     @property
     def columns(self) -> torch.Tensor | None:
-        return None if self._in_columns is None else self._in_columns[0]
-
-    @property
-    def column_weight(self) -> torch.Tensor | None:
-        return None if self._in_columns is None else self._in_columns[1]
+        here = self._columns_here
+        if here is None or here.device == self.weight.device:
+            return here
+        return self._columns_on(self.weight.device)  # some set tensors past ``__setattr__``
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "weight":
-            self._take_columns()
+            self._place_columns()
 
-    def _take_columns(self) -> None:
-        """Copy what the weight has in the columns, which is to be done whenever it may have changed."""
+    def _place_columns(self) -> None:
+        """Hold the columns where the weight is. (As a buffer they would be filled with anything while models load.)"""
         if getattr(self, "_columns", ()):
-            self._in_columns = self.int8_weight.in_columns(self._columns)
-            self._taken_of = None
+            self._columns_here = self._columns_on(self.weight.device)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _retake_columns(self) -> bool:
-        """Copy them if the weight may not be what it was: some set tensors past ``__setattr__``, or write to them.
-
-        Where Dynamo traces a call this runs once, and a compiled graph has the operator's check alone.
-        """
-        is_plain = type(self.weight) in PLAIN_TENSORS
-        if torch.compiler.is_compiling() and not is_plain:  # a stand-in, in an export
-            return True
-        if self._taken_of is None or not self._taken_of.matches(self.weight):
-            self._take_columns()
-            self._taken_of = Stamp(self.weight) if is_plain else None
-        return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which take what is in the columns anew at their first call."""
-        return {**self.__dict__, "_taken_of": None}
+    def _columns_on(self, device: torch.device) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.tensor(self._columns, dtype=torch.int32, device=device)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight [N, K] that the codes stand for."""
@@ -245,7 +222,7 @@ class Int8Linear(nn.Module):
             self.weight = codes.to(self.weight.device)
         if self.weight_scale.dtype != weight_scale.dtype:
             self.weight_scale = weight_scale.to(self.weight_scale.device)
-        self._take_columns()
+        self._place_columns()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -260,7 +237,7 @@ class Int8Linear(nn.Module):
         if int8_weight is not None:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = int8_weight
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._take_columns()
+        self._place_columns()
 
 
 def _checked_columns(columns: Sequence[int], in_features: int) -> tuple[int, ...]:

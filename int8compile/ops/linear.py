@@ -15,7 +15,8 @@ whatever is in them: a code has 8 bits, and in these columns 16, of the same ste
     out[m, n]    = row_scale[m] * weight_scale[n] * (sum_k low[m, k] * weight[n, k]
                                                      + 128 * sum_t high[m, t] * column_weight[n, t]) + bias[n]
 
-with both sums in int32. So an output depends on its row alone, and no sum on the order of its terms.
+with both sums in int32. So an output depends on its row alone, and no sum on the order of its terms. ``column_weight``
+is ``weight[:, columns]``, for callers that know when the weight changes; without it that is read from the weight.
 """
 
 from __future__ import annotations
@@ -104,40 +105,27 @@ def _check(
     check_threshold("linear", "threshold", threshold, "no outliers")
     check_outlier_policy("linear", outlier_policy, "calibrated")
     check_weight("linear", x.shape[-1], weight, weight_scale, bias)
-    given = columns is not None and column_weight is not None
     absent = columns is None and column_weight is None
     check(
-        given if outlier_policy == "calibrated" else absent,
+        columns is not None if outlier_policy == "calibrated" else absent,
         "linear",
         f"outlier_policy={outlier_policy!r} with columns {_given(columns)} and column_weight {_given(column_weight)}; "
-        "expected both with policy 'calibrated', and neither with any other",
+        "expected columns with policy 'calibrated', and neither with any other",
     )
-    if columns is None or column_weight is None:
+    if columns is None:
         return
     check(
         columns.dtype == torch.int32 and columns.dim() == 1,
         "linear",
         f"columns is {columns.dtype} {list(columns.shape)}; expected int32 [C], features in ascending order",
     )
+    if column_weight is None:
+        return
     check(
         column_weight.dtype == torch.int8 and tuple(column_weight.shape) == (weight.shape[0], columns.shape[0]),
         "linear",
         f"column_weight is {column_weight.dtype} {list(column_weight.shape)}; expected int8 "
         f"[{weight.shape[0]}, {columns.shape[0]}], which is weight[:, columns]",
-    )
-
-
-def _check_taken(weight: torch.Tensor, columns: torch.Tensor, column_weight: torch.Tensor) -> None:
-    """Some rows of what was taken from the weight, on CPUs, show most writes to the weight since."""
-    if weight.device.type != "cpu":
-        return
-    count = weight.shape[0]
-    rows = [count * look // 4 for look in range(min(4, count))]
-    check(
-        torch.equal(column_weight[rows], weight[rows][:, columns.long()]),
-        "linear",
-        "column_weight is not what is in weight; expected weight[:, columns], taken anew where the weight is written "
-        "to (of a compiled Int8Linear: assign or load its weight, or call it once outside the compiled function)",
     )
 
 
@@ -170,8 +158,8 @@ def _reference(
 ) -> torch.Tensor:
     if outlier_policy == "all":
         return weight_only(x, weight, weight_scale, bias)
-    if columns is not None and column_weight is not None:
-        _check_taken(weight, columns, column_weight)
+    if columns is not None:
+        column_weight = weight.index_select(1, columns) if column_weight is None else column_weight
         return calibrated(x, weight, weight_scale, bias, columns, column_weight)
     threshold = effective_threshold(threshold, outlier_policy)
     codes, row_scale, found = quantize_reference(x, threshold)
